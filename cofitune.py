@@ -1,0 +1,321 @@
+"""CoFiTune: choose which weights may move (coarse), then how far each unit of them may move (fine).
+
+Coarse: a tree search over layer ranges and modules, each node a short fine-tune, scored on validation data by
+
+    Uni = speciality + versatility          accuracy on the new tasks + accuracy on the general ones
+
+    level 1   0%-50%, 25%-75%, 50%-100% of the layers, each with attention (MHA) and with the MLP (FFN)
+    level 2   the quarters inside the winner
+    level 3   the modules inside the winner
+
+Everything outside the chosen layers and modules is frozen. The published finding is FFN up and down projections of
+layers 25%-50%.
+
+Fine: an output unit u of a module m gets an importance from the unchanged model, and moves by 1 - I_u of its update:
+
+    L      = KL(p_2 || p_1), mean over labelled tokens; p_1, p_2: two passes with dropout on attention and MLP outputs
+    I_raw  = mean over batches |∂L / ∂g_u|          g: a mask of ones on the module's output, through both passes
+    I      = |tanh(zscore(I_raw))|                  over the units of one module in one layer
+    θ_u   <- θ_u + (1 - I_u) Δθ_u
+
+Units are heads for q, k and v, and single outputs for o, gate, up and down; a unit's mask holds for its rows of the
+weight and for its bias. Because of |.|, the *least* important units are held back as well as the most important ones.
+
+Source: Zhang et al., "Balancing Speciality and Versatility: a Coarse to Fine Framework for Supervised Fine-tuning Large
+Language Models", arXiv 2404.10306; the importance is that of Ke et al., arXiv 2302.03241. Where we depart from it:
+- Adam divides a gradient by its own size, so a constant factor on the gradient nearly cancels. `--mask-on update`, our
+  default, scales the step itself (weight decay included); `--mask-on grad` is the published form.
+- The released code sums signed gradients, takes the absolute value after tanh, never clears the mask's gradient
+  between batches, and tiles the mask over the flattened weight, where it misses the output units. Ours follows the
+  paper's text.
+
+Order within a step: gradients of all micro-batches add up, clipping sees them unmasked, then the mask, then the
+optimiser (`grad`), or the optimiser and then the mask on what it did (`update`).
+Full supervised fine-tuning is the special case of everything trainable and no mask: `--method sft`.
+
+Read in this order: equation (above), Config, the module (search and importance), attach, analysis.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+
+from model import LINEARS, SHAPES, Adapter, Context, Llama, command_line, count_parameters, find_linears, parse_layers
+
+# ---------------------------------------------------------------------------------------------- Config
+
+
+@dataclass
+class Config:
+    layers: Annotated[str, "layers to train: search, all, a list such as 3,9, or a range such as 25%-50%"] = "search"
+    modules: Annotated[str, "what to train in them: linear layers, or all; searched too"] = "up_proj,down_proj"
+    search_steps: Annotated[int, "optimiser steps of each node of the search"] = 100
+    mask_on: Annotated[Literal["update", "grad", "none"], "what 1 - I multiplies"] = "update"
+    mask_source: Annotated[Literal["importance", "random"],
+                           "random: the same values on shuffled units, a control"] = "importance"
+    importance_dropout: Annotated[float, "dropout of the two passes"] = 0.1
+    importance_batches: Annotated[int, "batches that the importance is a mean over"] = 16
+    l2_to_base: Annotated[float, "adds this times the squared distance to the base, a baseline"] = 0.0
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+
+    def __post_init__(self):
+        for name in ("search_steps", "importance_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.importance_dropout < 1:
+            raise ValueError(f"--importance-dropout is {self.importance_dropout}, expected between 0 and 1")
+        if not 0 <= self.l2_to_base < math.inf:
+            raise ValueError(f"--l2-to-base is {self.l2_to_base}, expected at least 0")
+        if self.modules == "all" and self.mask_on != "none":
+            raise ValueError("--modules all trains embeddings and norms too, which have no units to mask: "
+                             "use --mask-on none, or name linear layers")
+
+
+# Everything trainable, no mask: full supervised fine-tuning.
+PRESETS = {"sft": Config(layers="all", modules="all", mask_on="none")}
+
+
+# ---------------------------------------------------------------------------------------------- coarse: the tree search
+
+RANGES = ("0%-50%", "25%-75%", "50%-100%")
+QUARTERS = {"0%-50%": ("0%-25%", "25%-50%"), "25%-75%": ("25%-50%", "50%-75%"), "50%-100%": ("50%-75%", "75%-100%")}
+KINDS = {"MHA": "q_proj,k_proj,v_proj,o_proj", "FFN": "gate_proj,up_proj,down_proj"}
+PARTS = {KINDS["MHA"]: ("q_proj", "k_proj", "v_proj", "o_proj", "q_proj,k_proj,v_proj"),
+         KINDS["FFN"]: ("up_proj", "down_proj", "up_proj,down_proj")}
+
+
+def plan(config, model_config, trial):
+    """Chooses layers and modules where `--layers search` asks for it; returns the settled Config.
+
+    trial(config, steps) -> (speciality, versatility) fine-tunes a fresh copy; it remembers what it has scored.
+    """
+    if config.layers != "search":
+        return config
+    most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values()))
+    first = replace(config, layers=RANGES[0], modules=KINDS["FFN"], mask_on="none")
+    seconds = trial.estimate(first, config.search_steps)
+    print(f"tree search: at most {most} nodes x {seconds:.0f} s = {most * seconds / 60:.1f} minutes, "
+          f"{config.search_steps} steps each", flush=True)
+    scores = {}  # {node: (speciality, versatility)}, a node being (layers, modules)
+    tree = {}  # {node: the nodes that it opens}, None being the root
+    chosen, path = None, []
+    levels = (lambda _: [(layers, modules) for layers in RANGES for modules in KINDS.values()],
+              lambda node: [(quarter, node[1]) for quarter in QUARTERS[node[0]]],
+              lambda node: [(node[0], part) for part in PARTS[node[1]]])
+    for children in levels:
+        nodes = children(chosen)
+        tree.setdefault(chosen, []).extend(nodes)
+        for layers, modules in nodes:
+            node = replace(config, layers=layers, modules=modules, mask_on="none")
+            scores[layers, modules] = trial(node, config.search_steps)
+        # The wider node comes first: it stays chosen unless one inside it is better.
+        chosen = max(path[-1:] + nodes, key=lambda node: sum(scores[node]))
+        path.append(chosen)
+    print(draw_tree(tree, scores, path))
+    return replace(config, layers=chosen[0], modules=chosen[1])
+
+
+def draw_tree(tree, scores, path, node=None, indent=""):
+    """The scored nodes as text; * marks the path to the chosen one."""
+    lines = [] if node else [f"{'tree search, validation data':<44}{'speciality':>10}{'versatility':>13}{'Uni':>8}"]
+    children = tree.get(node, [])
+    for child in children:
+        last = child == children[-1]
+        name = next((kind for kind, modules in KINDS.items() if modules == child[1]), child[1])
+        label = f"{indent}{'└─' if last else '├─'} {child[0]} {name}{' *' if child in path else ''}"
+        speciality, versatility = scores[child]
+        lines.append(f"{label:<44}{speciality:>10.1f}{versatility:>13.1f}{speciality + versatility:>8.1f}")
+        if child in tree:
+            lines.append(draw_tree(tree, scores, path, child, indent + ("   " if last else "│  ")))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- fine: unit importance
+
+
+def units(linear, name, config):
+    """Output units of a module: heads for q, k and v, single outputs for the others."""
+    by_head = name.endswith(("q_proj", "k_proj", "v_proj"))
+    return linear.out_features // config.head_dim if by_head else linear.out_features
+
+
+def importance(model, linears, batches, dropout):
+    """{module name: I (units,)} by the two-pass KL of the docstring, from an iterable of batches.
+
+    Zscore is over the units of one module in one layer; where all units are alike, I is zero.
+    """
+    masks, raw, handles, count = {}, {name: 0.0 for name in linears}, [], 0
+
+    def masked(name):
+        def hook(linear, args, output):
+            g = masks[name]
+            return output * g.repeat_interleave(linear.out_features // len(g)).to(output.dtype)
+        return hook
+
+    for name, linear in linears.items():
+        masks[name] = torch.ones(units(linear, name, model.config), device=linear.weight.device, requires_grad=True,
+                                 dtype=torch.promote_types(linear.weight.dtype, torch.float32))
+        handles.append(linear.register_forward_hook(masked(name)))
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            handles.append(block.register_forward_hook(lambda block, args, output: F.dropout(output, dropout)))
+    try:
+        for batch in batches:
+            loss = two_pass_kl(model, batch)
+            for name, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values()))):
+                raw[name] = raw[name] + gradient.abs()
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    scores = {}
+    for name, total in raw.items():
+        mean = total / count  # I_raw
+        deviation = mean.std(unbiased=False)
+        z = (mean - mean.mean()) / deviation if deviation > 0 else torch.zeros_like(mean)
+        scores[name] = z.tanh().abs()
+    return scores
+
+
+def two_pass_kl(model, batch):
+    """KL(p_2 || p_1), mean over the labelled tokens, of two passes that differ only in their dropout."""
+    first, second = (model.labelled_logits(batch.ids, batch.labels, Context(batch.prompt_mask, batch.tasks))[0]
+                     for _ in range(2))
+    wide = torch.promote_types(first.dtype, torch.float32)
+    log_p1, log_p2 = first.to(wide).log_softmax(-1), second.to(wide).log_softmax(-1)
+    return (log_p2.exp() * (log_p2 - log_p1)).sum(-1).mean()
+
+
+# ---------------------------------------------------------------------------------------------- attach
+
+
+class CoFiTuneAdapter(Adapter):
+    def __init__(self, model, config, trained, linears):
+        super().__init__(model)
+        self.config, self.linears = config, linears
+        self.trained = trained  # {name: parameter}
+        self.dtypes = {name: p.dtype for name, p in trained.items()}
+        self.masks = {}  # {module name: 1 - I (units,)}, made by prepare() where a mask is wanted
+        self.base = {name: p.detach().clone().float() for name, p in trained.items()} if config.l2_to_base else {}
+
+    def prepare(self, batches):
+        """Importance of the units, before anything has moved."""
+        if self.config.mask_on == "none":
+            return
+        some = [batch for _, batch in zip(range(self.config.importance_batches), batches)]
+        scores = importance(self.model, self.linears, some, self.config.importance_dropout)
+        if self.config.mask_source == "random":
+            scores = {name: score[torch.randperm(len(score)).to(score.device)] for name, score in scores.items()}
+        self.masks = {name: 1 - score for name, score in scores.items()}
+
+    def masked(self):
+        """(parameter, 1 - I spread over its rows, shaped to broadcast) for every weight and bias that has a mask."""
+        for name, mask in self.masks.items():
+            for p in (self.linears[name].weight, self.linears[name].bias):
+                if p is not None and p.requires_grad:
+                    rows = mask.repeat_interleave(p.shape[0] // len(mask))  # unit u -> its rows: one, or a head's
+                    yield p, rows.view(-1, *[1] * (p.dim() - 1)).to(p.dtype)
+
+    def penalty(self, ctx):
+        """l2_to_base * ||θ - θ_base||^2"""
+        if not self.base:
+            return 0.0
+        return self.config.l2_to_base * sum((p - self.base[name]).square().sum() for name, p in self.trained.items())
+
+    @torch.no_grad()
+    def before_step(self):
+        if self.config.mask_on == "grad":
+            for p, mask in self.masked():
+                p.grad.mul_(mask)
+        elif self.config.mask_on == "update":
+            self.old = [p.detach().clone() for p, _ in self.masked()]
+
+    @torch.no_grad()
+    def after_step(self):
+        if self.config.mask_on == "update":
+            for old, (p, mask) in zip(self.old, self.masked()):
+                p.copy_(old + mask * (p - old))  # θ_u + (1 - I_u) Δθ_u, whatever made Δθ: gradient, momentum, decay
+
+    def tensors(self):
+        """The changed weights under their own names, and the importance, which depends on the unchanged model."""
+        saved = {name: p.detach() for name, p in self.trained.items()}
+        return saved | {f"importance.{name}": 1 - mask for name, mask in self.masks.items()}
+
+    def load_tensors(self, tensors):
+        scores = {name: t for name, t in tensors.items() if name.startswith("importance.")}
+        self.masks = {}
+        super().load_tensors({name: t for name, t in tensors.items() if name not in scores})
+        self.masks = {name.removeprefix("importance."): 1 - score for name, score in scores.items()}
+
+    def merge(self):
+        """The weights are in their place already; they only go back to the base's dtype."""
+        for name, p in self.trained.items():
+            p.data = p.data.to(self.dtypes[name])
+
+    def report(self):
+        sizes = [(mask.mean().item(), p.numel()) for p, mask in self.masked()]
+        mean = sum(m * n for m, n in sizes) / sum(n for _, n in sizes) if sizes else 1.0
+        return {"layers": self.config.layers, "modules": self.config.modules, "mean_mask": mean}
+
+
+def choose(model, config):
+    """(layer numbers, {name: parameter} to train, {name: nn.Linear} among them) for a Config with settled layers."""
+    if config.layers == "search":
+        raise ValueError("--layers search has to be settled by plan() first; name layers such as 25%-50%")
+    layers = parse_layers(config.layers, model.config.num_hidden_layers)
+    inside = tuple(f"model.layers.{i}." for i in layers)
+    names = LINEARS if config.modules == "all" else [m.strip() for m in config.modules.split(",")]
+    linears = find_linears(model, names)
+    linears = {name: m for name, m in linears.items() if name.startswith(inside)}
+    if config.modules != "all":
+        trained = {f"{name}.{key}": p for name, m in linears.items() for key, p in m.named_parameters()}
+    elif len(layers) == model.config.num_hidden_layers:
+        trained = dict(model.named_parameters())  # embeddings, final norm and head as well
+    else:
+        trained = {name: p for name, p in model.named_parameters() if name.startswith(inside)}
+    return layers, trained, linears
+
+
+def attach(model, config):
+    """Frees the chosen weights. Raises ValueError for an empty layer range or a module that does not exist."""
+    model.requires_grad_(False)
+    _, trained, linears = choose(model, config)
+    for p in trained.values():
+        p.requires_grad_(True)
+    return CoFiTuneAdapter(model, config, trained, linears)
+
+
+# ---------------------------------------------------------------------------------------------- analysis
+
+
+def count(name, config):
+    """Prints what is trained at a published model size; makes no weights."""
+    with torch.device("meta"):
+        model = Llama(SHAPES[name])
+    layers, trained, _ = choose(model, config)
+    number, total = sum(p.numel() for p in trained.values()), count_parameters(SHAPES[name])
+    print(f"{name}: layers {layers[0]} to {layers[-1]} of {model.config.num_hidden_layers}, {config.modules}: "
+          f"{number:,} of {total:,} parameters trained, {100 * number / total:.2f} %")
+
+
+def main():
+    """`--count NAME` counts; otherwise the flags are those of train.py, and the tree search runs alone."""
+    import train
+
+    parser = train.Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--count", choices=SHAPES, help="count trained parameters at a published size")
+    args, rest = parser.parse_known_args()
+    config, method_config = train.parse(["--method", "cofitune", *rest], train.find_methods())
+    if args.count:
+        layers = "25%-50%" if method_config.layers == "search" else method_config.layers
+        return count(args.count, replace(method_config, layers=layers))
+    job = train.open_job(replace(config, out=config.out or "out/cofitune-search"), "cofitune", method_config)
+    chosen = train.settle(job)
+    print(f"chosen: --layers {chosen.layers} --modules {chosen.modules}")
+
+
+if __name__ == "__main__":
+    command_line(main)

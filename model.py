@@ -1,0 +1,611 @@
+"""A Llama from scratch, with Hugging Face's own parameter names.
+
+One decoder layer, for hidden states h of shape (B, T, d):
+
+    h = h + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n)))      n = RMSNorm(h)
+    h = h + down_proj(silu(gate_proj(n)) * up_proj(n))                          n = RMSNorm(h)
+
+Read in this order: the configuration and what is refused, the blocks, the model, loading and saving, generation, the
+contract that every fine-tuning method fulfils (`Adapter`), and a small program: `python model.py base "prompt"`.
+
+Shapes: B batch, T tokens, d hidden width, h heads, g key-value heads, hd head width, V vocabulary.
+Errors: a ValueError means that what the user asked for cannot be done; its message is the one line they see.
+Source: Touvron et al., "LLaMA" (arXiv 2302.13971) and "Llama 2" (2307.09288); rotary positions, Su et al. (2104.09864).
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, in order of use
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a Hugging Face `config.json` that change what a Llama computes, under the same names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, raw, where="config.json"):
+        """Reads a parsed `config.json`.
+
+        Raises ValueError, naming the key, for what this model does not compute: another architecture, sliding-window
+        attention, quantised weights, another activation, an unknown RoPE type, or a missing size.
+        """
+
+        def refuse(key, expected):
+            raise ValueError(f"{where}: {key} is {raw.get(key)!r}, expected {expected}")
+
+        kind = raw.get("model_type", "llama")
+        if kind not in ("llama", "mistral"):
+            refuse("model_type", "'llama' (or 'mistral' without sliding window)")
+        if kind == "mistral" and raw.get("sliding_window") is not None:
+            refuse("sliding_window", "null: sliding-window attention is not implemented")
+        if raw.get("quantization_config"):
+            raise ValueError(f"{where}: quantization_config is set, expected float32, float16 or bfloat16 weights")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", "'silu'")
+        for f in fields(cls)[:5]:
+            if not isinstance(raw.get(f.name), int) or raw[f.name] < 1:
+                refuse(f.name, "a positive integer")
+
+        # Newer files say everything about RoPE in one dictionary, older ones in `rope_theta` and `rope_scaling`.
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+        rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
+        required = {"default": (), "linear": ("factor",), "llama3": (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        if rope_type not in required:
+            raise ValueError(f"{where}: RoPE type is {rope_type!r}, expected one of {', '.join(required)}")
+        for key in required[rope_type]:
+            if not isinstance(rope.get(key), (int, float)):
+                raise ValueError(f"{where}: RoPE type {rope_type!r} needs a number {key!r}, found {rope.get(key)!r}")
+
+        known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        known.update(rope_theta=float(theta), rope_scaling=None if rope_type == "default" else rope)
+        config = cls(**known)
+        if config.num_attention_heads % config.num_key_value_heads:
+            refuse("num_key_value_heads", f"a divisor of num_attention_heads = {config.num_attention_heads}")
+        if config.head_dim % 2:
+            refuse("head_dim", "an even number, because RoPE turns pairs of channels")
+        return config
+
+    def to_dict(self):
+        """What `config.json` holds, in the spelling that every version of transformers reads."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+# ---------------------------------------------------------------------------------------------- blocks
+
+
+class Cache:
+    """Keys and values of one generation. The slot of a token is its position, so prompts are padded on the right and
+    the tokens that follow overwrite the padding: no row ever sees another row's length.
+
+    `memory` keeps what a method must remember from token to token (CS-ReFT: its gates).
+    """
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+                       for _ in range(config.num_hidden_layers)]
+        self.rows = torch.arange(batch, device=device)
+        self.used = length  # slots that hold something: generation attends to no more
+        self.memory = {}
+
+    def put(self, layer, positions, k, v):
+        """Stores k, v (B, g, T, hd) at positions (B, T)."""
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[self.rows[:, None], :, positions] = new.transpose(1, 2).to(kept.dtype)
+
+
+@dataclass
+class Context:
+    """What one forward pass knows besides the token ids. Every layer receives it, so a method's edit sees it too."""
+
+    prompt_mask: torch.Tensor | None = None  # (B, T) bool: tokens of the prompt; None: every token
+    tasks: torch.Tensor | None = None  # (B,) index of each example's task; None: unknown
+    cache: Cache | None = None  # None: the whole sequence is in this pass
+    positions: torch.Tensor | None = None  # (B, T) or (1, T), filled by the model when None
+    rope: tuple | None = None  # cos and sin of the angles, filled by the model
+    memory: dict = field(default_factory=dict)  # a method's notes for this pass; while decoding, the cache's
+
+    def __post_init__(self):
+        if self.cache is not None:
+            self.memory = self.cache.memory
+
+    @property
+    def decoding(self):
+        """True where the pass continues a prompt that an earlier pass has read."""
+        return self.cache is not None and self.prompt_mask is None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):  # (..., d)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rope_frequencies(config, device=None):
+    """Angle per position of each channel pair, (hd / 2,): theta^(-2i / hd), then the configured scaling.
+
+    `linear` divides every frequency by the factor; `llama3` leaves the short waves, divides the long ones and blends
+    between (Llama 3.1's rule, as in its released code).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    freq = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        return freq / scaling["factor"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        waves = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)  # turns within the original context
+        blend = ((waves - low) / (high - low)).clamp(0, 1)
+        return freq * (blend + (1 - blend) / scaling["factor"])
+    return freq
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x_i, x_{i + hd/2}) by its position's angle. x (B, h, T, hd); cos, sin (B or 1, 1, T, hd)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        d, hd, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.index, self.head_dim = index, hd
+        self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=bias)
+
+    def forward(self, x, ctx):  # (B, T, d)
+        B, T, _ = x.shape
+        cos, sin = ctx.rope
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, h, T, hd)
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, g, T, hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, g, T, hd)
+        mask = None
+        if ctx.cache is not None:
+            ctx.cache.put(self.index, ctx.positions, k, v)
+        if ctx.decoding:  # is_causal would align top-left: each query sees the slots up to its own position instead
+            k, v = (kept[:, :, : ctx.cache.used].to(q.dtype) for kept in ctx.cache.layers[self.index])
+            slots = torch.arange(k.shape[2], device=x.device)
+            mask = (slots <= ctx.positions[:, :, None])[:, None]  # (B, 1, T, slots)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, m, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(d, m, bias=bias)
+        self.up_proj = nn.Linear(d, m, bias=bias)
+        self.down_proj = nn.Linear(m, d, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, h, ctx):
+        h = h + self.self_attn(self.input_layernorm(h), ctx)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """Everything between token ids and logits; its own module only because Hugging Face's names begin with `model.`"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, ctx):  # (B, T) -> (B, T, d)
+        h = self.embed_tokens(ids)
+        if ctx.positions is None:
+            ctx.positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        angles = ctx.positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, hd / 2)
+        angles = torch.cat((angles, angles), dim=-1)
+        ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
+        for layer in self.layers:
+            h = layer(h, ctx)
+        return self.norm(h)
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    def forward(self, ids, labels=None, ctx=None, reduction="mean"):
+        """ids (B, T) -> logits (B, T, V); with labels (B, T) -> the loss over labelled tokens.
+
+        labels follow Hugging Face: a copy of ids with -100 where no loss is wanted; the shift by one happens here.
+        reduction "sum" leaves the division to a caller that accumulates gradients.
+        """
+        if labels is None:
+            return self.lm_head(self.model(ids, ctx or Context()))
+        logits, targets = self.labelled_logits(ids, labels, ctx)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, reduction=reduction)
+
+    def labelled_logits(self, ids, labels, ctx=None):
+        """Logits (N, V) only at the N positions that have a label, and those labels (N,), row by row."""
+        h = self.model(ids, ctx or Context())
+        wanted = labels[:, 1:] != -100
+        return self.lm_head(h[:, :-1][wanted]), labels[:, 1:][wanted]
+
+    def init_weights(self, seed):
+        """Fresh weights for pretraining: normal(0, 0.02), the two projections that write to the residual stream smaller
+        by 1/sqrt(2 L) (GPT-2's rule), norms at one, biases at zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.constant_(p, float(name.endswith("norm.weight")))
+            else:
+                out = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if out else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+
+    # ------------------------------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
+        """Loads a Hugging Face folder (`config.json`, and `model.safetensors` or shards with an index).
+
+        Every tensor goes from the file straight to `device` and `dtype`; the peak extra memory is one tensor.
+        Raises ValueError, naming file, tensor and what was expected, for anything missing, misshapen or left over.
+        """
+        path = Path(path)
+        config = LlamaConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        files = tensor_files(path)  # {tensor name: file}
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        model.to_empty(device=device).tie_weights()
+
+        targets = model.state_dict()
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if config.tie_word_embeddings:  # a file may hold either of the two
+            targets.pop(embedding if embedding not in files and head in files else head)
+        for name, target in targets.items():
+            if name not in files:
+                raise ValueError(f"{path}: tensor {name!r} is missing, expected shape {tuple(target.shape)}")
+            # Reopened for each tensor: pages of a mapped file count as memory for as long as the mapping lives.
+            with open_tensors(files[name]) as tensors:
+                shape = tuple(tensors.get_slice(name).get_shape())
+                if shape != tuple(target.shape):
+                    raise ValueError(f"{files[name]}: tensor {name!r} has shape {shape}, "
+                                     f"expected {tuple(target.shape)}")
+                target.copy_(tensors.get_tensor(name))
+        ignored = ("rotary_emb.inv_freq", *((embedding, head) if config.tie_word_embeddings else ()))
+        stray = [name for name in files if name not in targets and not name.endswith(ignored)]
+        if stray:
+            raise ValueError(f"{path}: {len(stray)} tensors have no place in this model, the first is {stray[0]!r}; "
+                             "config.json does not describe this file")
+        return model.eval()
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
+    def save_pretrained(self, path):
+        """Writes `config.json` and `model.safetensors` as transformers reads them; tied weights once.
+
+        Raises ValueError while a method's own tensors are in the model: merge it first.
+        """
+        with torch.device("meta"):
+            names = Llama(self.config).state_dict().keys()
+        tensors = self.state_dict()
+        if extra := [name for name in tensors if name not in names]:
+            raise ValueError(f"cannot save a plain checkpoint while {extra[0]!r} is attached: merge() first")
+        if self.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight")
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+
+    # ------------------------------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None, tasks=None):
+        """Continues a batch of prompts of any lengths with a key-value cache.
+
+        prompts: lists of token ids. stop: the token ids that end a row (not returned). temperature 0 is greedy.
+        Returns one list of new token ids for each prompt, the same as for that prompt alone.
+        """
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        B, T = len(prompts), int(lengths.max())
+        if int(lengths.min()) == 0:
+            raise ValueError("cannot continue an empty prompt: it has no token, not even BOS")
+        if T + max_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's "
+                             f"max_position_embeddings of {self.config.max_position_embeddings}")
+        ids = torch.zeros(B, T, dtype=torch.long, device=self.device)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache = Cache(self.config, B, T + max_new_tokens, self.device, self.model.embed_tokens.weight.dtype)
+        mask = torch.arange(T, device=self.device) < lengths[:, None]
+        h = self.model(ids, Context(prompt_mask=mask, tasks=tasks, cache=cache))[cache.rows, lengths - 1]  # (B, d)
+        rows, done, stop = [[] for _ in prompts], [False] * B, set(stop)
+        for step in range(max_new_tokens):
+            logits = self.lm_head(h)
+            if temperature > 0:
+                chances = (logits.float() / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            for b, t in enumerate(token.tolist()):
+                done[b] = done[b] or t in stop
+                if not done[b]:
+                    rows[b].append(t)
+            if all(done) or step == max_new_tokens - 1:
+                break
+            positions = (lengths + step)[:, None]
+            cache.used = T + step + 1
+            h = self.model(token[:, None], Context(tasks=tasks, cache=cache, positions=positions))[:, 0]
+        return rows
+
+
+def read_json(path):
+    """Raises ValueError in one line where the file is absent or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_json(path, value):
+    """Writes beside the file and renames, so that an interrupted write leaves the old file whole."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+@contextmanager
+def open_tensors(file):
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
+
+
+def tensor_files(path):
+    """{tensor name: file} of a checkpoint folder, from its one file or from the index of its shards."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.exists() and not single.exists():
+        places = {name: path / file for name, file in read_json(index).get("weight_map", {}).items()}
+        for file in sorted(set(places.values())):
+            if not file.exists():
+                raise ValueError(f"{index} names {file.name}, which is not in the folder")
+            with open_tensors(file) as tensors:
+                held = set(tensors.keys())
+            if absent := [name for name, place in places.items() if place == file and name not in held]:
+                raise ValueError(f"{file}: tensor {absent[0]!r} is missing, {index.name} says it is there")
+        return places
+    if single.exists():
+        with open_tensors(single) as tensors:
+            return {name: single for name in tensors.keys()}
+    found = next((f", only {p.name}: convert it to safetensors" for p in sorted(path.glob("*.bin"))), "")
+    raise ValueError(f"{path} has no model.safetensors{found}")
+
+
+# ---------------------------------------------------------------------------------------------- the method contract
+
+
+class Adapter:
+    """What `attach(model, config)` of a method file returns. Every hook has a default, so a method overrides only what
+    it needs. The default trains, saves and loads whatever has `requires_grad`.
+
+    A training step of `train.py` calls, in this order: penalty (per micro-batch), backward, gradient clipping,
+    before_step, optimizer.step, after_step.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def param_groups(self, lr, weight_decay):
+        """The optimiser's parameter groups."""
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
+
+    def prepare(self, batches):
+        """Called once before the first step with some training batches."""
+
+    def penalty(self, ctx):
+        """A scalar added to the mean loss of a micro-batch; ctx is the Context of its forward pass."""
+        return 0.0
+
+    def before_step(self):
+        """Between gradient clipping and the optimiser's step."""
+
+    def after_step(self):
+        """After the optimiser's step."""
+
+    def tensors(self):
+        """{name: tensor} to save: enough to restore the adapted model on the same base."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_tensors(self, tensors):
+        """Restores what tensors() gave. Raises ValueError where names or shapes differ."""
+        own = self.tensors()
+        if own.keys() != tensors.keys():
+            name = min(own.keys() ^ tensors.keys())
+            raise ValueError(f"adapter tensor {name!r} is {'missing' if name in own else 'unexpected'}: "
+                             "the file was made with other settings")
+        for name, target in own.items():
+            if target.shape != tensors[name].shape:
+                raise ValueError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                                 f"expected {tuple(target.shape)}: the file was made with other settings")
+            target.copy_(tensors[name])
+
+    def merge(self):
+        """Folds the update into the base weights and takes the method out of the model. Raises ValueError where that
+        is impossible."""
+
+    def report(self):
+        """A few figures for `results.json`, after training."""
+        return {}
+
+
+def count_parameters(config):
+    """Parameters of the plain model, tied ones once; makes no weights."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+# Published shapes, for counting parameters without weights (V, d, MLP width, layers, heads; from their config.json).
+SHAPES = {"llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32), "llama-2-13b": LlamaConfig(32000, 5120, 13824, 40, 40),
+          "llama-33b": LlamaConfig(32000, 6656, 17920, 60, 52)}
+
+
+def find_linears(model, targets):
+    """The decoder layers' linear modules whose last name is in `targets`: {full name: nn.Linear}.
+
+    Raises ValueError, listing the valid names, for a target that matches nothing.
+    """
+    if wrong := [t for t in targets if t not in LINEARS]:
+        raise ValueError(f"target {wrong[0]!r} matches no linear layer; valid: {', '.join(LINEARS)}")
+    if not targets:
+        raise ValueError(f"no target given; valid: {', '.join(LINEARS)}")
+    return {name: m for name, m in model.named_modules()
+            if name.startswith("model.layers.") and name.rsplit(".", 1)[1] in targets}
+
+
+def parse_layers(text, count):
+    """Layer numbers from "all", "3,9,18" or "25%-50%", for a model of `count` layers (0-based).
+
+    Layer i lies in lo-hi % when lo <= (i + 1/2) / count < hi. Raises ValueError for a range that is malformed, empty or
+    outside the model.
+    """
+    if text == "all":
+        return list(range(count))
+    try:
+        if "%" in text:
+            lo, hi = (float(part.strip().rstrip("%")) / 100 for part in text.split("-"))
+            layers = [i for i in range(count) if lo <= (i + 0.5) / count < hi]
+        else:
+            layers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise ValueError(f"layers {text!r}: expected all, a list such as 3,9,18 or a range such as 25%-50%") from None
+    if not layers:
+        raise ValueError(f"layers {text!r}: this range holds none of the model's {count} layers")
+    if layers[0] < 0 or layers[-1] >= count:
+        raise ValueError(f"layers {text!r}: the model has layers 0 to {count - 1}")
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def command_line(main):
+    """Runs a program: a user's mistake (ValueError, OSError) becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def main():
+    import argparse
+
+    from data import TEMPLATES, Tokenizer
+
+    parser = argparse.ArgumentParser(description="Load a checkpoint and complete a prompt.", allow_abbrev=False)
+    parser.add_argument("checkpoint", help="folder in Hugging Face layout, such as base")
+    parser.add_argument("prompt")
+    parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
+
+    model = Llama.from_pretrained(args.checkpoint, args.device)
+    tokenizer = Tokenizer.from_pretrained(args.checkpoint)
+    prompt = tokenizer.encode(TEMPLATES[args.template or tokenizer.template or "plain"](args.prompt))
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    start = time.perf_counter()
+    new = model.generate([prompt], args.max_new_tokens, tokenizer.stop_ids, args.temperature, generator)[0]
+    seconds = time.perf_counter() - start
+    print(tokenizer.decode(new))
+    print(f"[{len(prompt)} prompt tokens, {len(new)} new tokens, {len(new) / seconds:.0f} tokens/s on {args.device}]")
+
+
+if __name__ == "__main__":
+    command_line(main)

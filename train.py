@@ -1,0 +1,552 @@
+"""The shared loop: one command trains any method on any base, scores it before and after, and leaves a run folder.
+
+    python train.py --method multilora
+
+Read in this order: the command line (one dataclass), the methods and how they are found, one run step by step (data,
+training, evaluation, what it leaves), and pretraining. No line here knows a method by name: a `*.py` beside this file
+that defines `Config` and `attach(model, config) -> Adapter` is a method (README, "Add a method").
+"""
+
+import argparse
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import numpy
+import safetensors
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+import data
+from model import Adapter, Context, Llama, LlamaConfig, command_line, count_parameters, read_json, write_json
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+@dataclass
+class Config:
+    """Settings of every run; each field is a flag. A method whose own Config has a field of the same name sets that
+    flag's default (a good learning rate, say)."""
+
+    method: Annotated[str | None, "fine-tuning method"] = None
+    pretrain: Annotated[bool, "make a base model from nothing instead, on the general tasks"] = False
+    base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
+    data: Annotated[Literal["builtin"], "what to learn: the built-in suite"] = "builtin"
+    tasks: Annotated[str, "new tasks to learn, separated by commas"] = "all"
+    steps: Annotated[int, "optimiser steps"] = 600
+    batch_size: Annotated[int, "examples in a micro-batch"] = 48
+    grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch"] = 1
+    lr: Annotated[float, "peak learning rate"] = 1e-3
+    warmup: Annotated[float, "share of the steps in which the rate rises; a cosine to zero follows"] = 0.05
+    weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
+    clip: Annotated[float, "largest gradient norm, 0 for no clipping"] = 1.0
+    replay: Annotated[float, "share of general examples mixed into the training data"] = 0.0
+    seed: Annotated[int, "of initialisation, order and dropout; the suite's facts and splits have their own"] = 0
+    device: Annotated[str, "auto (cuda, else mps, else cpu) or a torch device such as cuda:1"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"],
+                     "frozen weights and computation; auto: bfloat16 on cuda, else float32. "
+                     "What is trained stays float32 at least"] = "auto"
+    eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
+    eval_limit: Annotated[int, "examples of each task to score, 0 for all"] = 0
+    log_every: Annotated[int, "steps between two lines of metrics.jsonl"] = 10
+    out: Annotated[str | None, "run folder; default out/METHOD"] = None
+    overwrite: Annotated[bool, "replace the run that is already in the folder"] = False
+
+    def __post_init__(self):
+        at_least(self, 1, "steps", "batch_size", "grad_accum", "log_every")
+        at_least(self, 0, "weight_decay", "clip", "eval_limit", "seed")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr is {self.lr}, expected a positive number")
+        if not 0 <= self.replay < 1:
+            raise ValueError(f"--replay is {self.replay}, expected a share from 0 to below 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"--warmup is {self.warmup}, expected a share of the steps from 0 to below 1")
+
+
+def at_least(config, low, *names):
+    for name in names:
+        if not low <= getattr(config, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least {low}")
+
+
+def find_methods():
+    """{name: (module, default Config)} of every method file beside this one, and of its presets."""
+    methods = {}
+    for path in sorted(HERE.glob("*.py")):
+        if path.stem == "train" or path.stem.startswith("test_"):
+            continue
+        module = importlib.import_module(path.stem)
+        if not (hasattr(module, "Config") and hasattr(module, "attach")):
+            continue
+        for name, defaults in {path.stem: module.Config(), **getattr(module, "PRESETS", {})}.items():
+            if name in methods:
+                raise ValueError(f"{path.name} defines the method {name!r}, and so does {methods[name][0].__name__}.py")
+            methods[name] = module, defaults
+    return methods
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors on one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_flags(group, defaults, skip=()):
+    """One flag for each field of a dataclass instance, its annotation giving type, choices and help text."""
+    hints = get_type_hints(type(defaults), include_extras=True)
+    for f in fields(defaults):
+        if f.name in skip:
+            continue
+        kind, text = get_args(hints[f.name])[:2] if get_origin(hints[f.name]) is Annotated else (hints[f.name], "")
+        options = {"default": getattr(defaults, f.name), "help": text.replace("%", "%%") + " (%(default)s)"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            options["type"] = next(t for t in (*get_args(kind), kind) if isinstance(t, type) and t is not type(None))
+            options["metavar"] = options["type"].__name__.upper()
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def parse(argv, methods):
+    """(Config, the method's Config or None) from the command line; exits with code 2 and one line on a mistake."""
+    common = [f.name for f in fields(Config)]
+    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
+    add_flags(parser.add_argument_group("every run"), Config())
+    name = Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    name.add_argument("--method")
+    name = name.parse_known_args(argv)[0].method
+    if name is not None and name not in methods:
+        parser.error(f"unknown method {name!r}; valid: {', '.join(methods)}")
+    if name is not None:
+        module, defaults = methods[name]
+        add_flags(parser.add_argument_group(f"--method {name}"), defaults, skip=common)
+        parser.set_defaults(**{f.name: getattr(defaults, f.name) for f in fields(defaults) if f.name in common})
+    else:
+        parser.epilog = "methods, each with flags of its own (--method NAME --help): " + "; ".join(
+            f"{m}: " + " ".join("--" + f.name.replace("_", "-") for f in fields(d)) for m, (_, d) in methods.items())
+    if "--pretrain" in argv:
+        parser.set_defaults(**PRETRAINING)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = sorted(option for option in parser._option_string_actions if option.startswith("--"))
+        near = difflib.get_close_matches(unknown[0], flags, 1)
+        parser.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else "")
+                     + f" valid: {' '.join(flags)}")
+    values = vars(args)
+    config = Config(**{key: values[key] for key in common})
+    if config.pretrain == (name is not None):
+        parser.error(f"give one of --pretrain and --method NAME; methods: {', '.join(methods)}")
+    return config, name and replace(defaults, **{f.name: values[f.name] for f in fields(defaults)})
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def place(config):
+    """(device, dtype) that `--device` and `--dtype` name. Raises ValueError for a device that is not there."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
+
+def autocast(model):
+    """Mixed precision where the frozen weights are bfloat16, so that float32 trained tensors can meet them."""
+    dtype = model.model.embed_tokens.weight.dtype
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def evaluate(model, tests, pad):
+    """{task: accuracy in percent} for {task: encoded examples}."""
+    model.eval()
+    context = lambda batch: Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
+    with autocast(model):
+        return {task: 100 * mean(data.hits(model, examples, pad, context)) for task, examples in tests.items()}
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def start_adapter(model, method, config):
+    """Attaches a method; what it trains becomes float32 where the base is stored in fewer bits (an Adam step of 1e-4
+    would change nothing in a bfloat16 weight of 1)."""
+    adapter = method.attach(model, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("the method left nothing to train")
+    for p in trained:
+        if p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+    return adapter
+
+
+def train(model, adapter, examples, config, pad, log=None):
+    """Trains in place for config.steps steps.
+
+    The loss of a step is the mean over all labelled tokens of its micro-batches, so gradient accumulation equals one
+    large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps.
+    """
+    device = model.device
+    per_step = config.batch_size * config.grad_accum
+    draws = data.draw(examples, per_step, config.seed)
+    collated = lambda group: data.collate(group, pad).to(device)
+    adapter.prepare(collated(group) for group in data.draw(examples, config.batch_size, config.seed))
+    groups = adapter.param_groups(config.lr, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    warmup = max(1, round(config.warmup * config.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, config.steps - warmup)))))
+
+    model.train()
+    start, tokens, losses = time.perf_counter(), 0, []
+    for step in range(1, config.steps + 1):
+        group = next(draws)
+        labelled = sum(label != -100 for example in group for label in example.labels)
+        total = 0.0
+        for i in range(0, per_step, config.batch_size):
+            batch = collated(group[i : i + config.batch_size])
+            ctx = Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
+            with autocast(model):
+                loss = model(batch.ids, batch.labels, ctx, reduction="sum") / labelled
+                loss = loss + adapter.penalty(ctx) / config.grad_accum
+            loss.backward()
+            total += loss.item()
+            tokens += batch.ids.numel()
+        if not math.isfinite(total):
+            raise ValueError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
+        if config.clip:
+            torch.nn.utils.clip_grad_norm_(params, config.clip)
+        adapter.before_step()
+        optimizer.step()
+        adapter.after_step()
+        optimizer.zero_grad()
+        losses.append(total)
+        if log and (step % config.log_every == 0 or step == config.steps):
+            seconds = time.perf_counter() - start
+            log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
+                 "lr": schedule.get_last_lr()[0], "tokens_per_second": tokens / seconds, "seconds": seconds,
+                 "eta_seconds": seconds / step * (config.steps - step)})
+            losses = []
+        schedule.step()
+    model.eval()
+
+
+class Log:
+    """Writes metrics.jsonl and shows progress: in place on a terminal, one line in ten records elsewhere."""
+
+    def __init__(self, path):
+        self.file, self.live, self.count = open(path, "w", encoding="utf-8"), sys.stdout.isatty(), 0
+
+    def __call__(self, record):
+        print(json.dumps(record), file=self.file, flush=True)
+        last = record["step"] == record["steps"]
+        self.count += 1
+        if self.live or last or self.count % 10 == 1:
+            line = "step {step:>5}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {eta}"
+            line = line.format(**record, eta=clock(record["eta_seconds"]))
+            print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+@dataclass
+class Job:
+    """A run's settings, and what it needs before a method is attached."""
+
+    config: Config
+    name: str  # the method, as the user named it
+    method_config: object
+    method: object  # its module
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: data.Tokenizer
+    out: Path
+    asked: dict  # what identifies the run: base, method and all settings
+
+    def start(self, method_config):
+        """(model, adapter) from a new copy of the base. The seed is set here, so that each start is the same."""
+        torch.manual_seed(self.config.seed)
+        model = Llama.from_pretrained(self.config.base, self.device, self.dtype)
+        return model, start_adapter(model, self.method, method_config)
+
+
+def open_job(config, name, method_config):
+    """Raises ValueError for a device or a base that is not there, and for a folder that holds another run."""
+    device, dtype = place(config)
+    if not Path(config.base).is_dir():
+        raise ValueError(f"--base {config.base}: no such folder; expected a checkpoint in Hugging Face layout")
+    tokenizer = data.Tokenizer.from_pretrained(config.base)
+    out = Path(config.out or f"out/{name}")
+    asked = {"method": name, "settings": asdict(replace(config, overwrite=False)),
+             "method_settings": asdict(method_config), "base_sha256": checksum(Path(config.base))}
+    check_folder(out, config.overwrite, asked)
+    return Job(config, name, method_config, find_methods()[name][0], device, dtype, tokenizer, out, asked)
+
+
+def settle(job):
+    """The method's Config to train with: as asked, or as its plan() chooses by trials."""
+    if not hasattr(job.method, "plan"):
+        return job.method_config
+    model_config = LlamaConfig.from_dict(read_json(Path(job.config.base) / "config.json"))
+    return job.method.plan(job.method_config, model_config, Trials(job))
+
+
+def run(config, name, method_config, argv=()):
+    """One whole run of a method; returns what results.json holds."""
+    job = open_job(config, name, method_config)
+    suite = load_suite(config, config.eval_split, config.eval_limit)
+    method_config = settle(job)
+    model, adapter = job.start(method_config)  # every mistake has shown by now, and nothing old is deleted before
+    clear_folder(job.out)
+    write_json(job.out / "config.json", {
+        **job.asked, "method_settings": asdict(method_config), "tasks": suite.names, **provenance(argv)})
+    results = learn(config, name, model, adapter, suite, job.tokenizer, job.out)
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
+    save_file(tensors, job.out / "adapter.safetensors", {"format": "pt"})
+    write_json(job.out / "results.json", results)
+    return results
+
+
+class Trials:
+    """trial(config, steps) -> (speciality, versatility): a short fine-tune of a fresh copy, scored on validation data.
+
+    Every score is written to search.json in the run folder at once, and a trial that is there is not trained again.
+    """
+
+    EXAMPLES = 50  # of each task
+
+    def __init__(self, job):
+        self.job, self.file = job, job.out / "search.json"
+        self.known = read_json(self.file)["trials"] if same_search(job.out, job.asked) else []
+        self.suite = load_suite(job.config, "validation", min(self.EXAMPLES, job.config.eval_limit or self.EXAMPLES))
+        self.examples, self.tests = encode_suite(self.suite, job.tokenizer)
+
+    def __call__(self, method_config, steps):
+        key = {"settings": asdict(method_config), "steps": steps}
+        found = next((t for t in self.known if key.items() <= t.items()), None)
+        if found is None:
+            start = time.perf_counter()
+            speciality, versatility = group_means(self.suite, self.fine_tune(method_config, steps))
+            seconds = time.perf_counter() - start
+            found = {**key, "speciality": speciality, "versatility": versatility, "seconds": seconds}
+            self.known.append(found)
+            self.job.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.file, {"asked": self.job.asked, "trials": self.known})
+        return found["speciality"], found["versatility"]
+
+    def fine_tune(self, method_config, steps):
+        """{task: accuracy} after `steps` steps."""
+        model, adapter = self.job.start(method_config)
+        train(model, adapter, self.examples, replace(self.job.config, steps=steps), self.job.tokenizer.pad_id)
+        return evaluate(model, self.tests, self.job.tokenizer.pad_id)
+
+    def estimate(self, method_config, steps):
+        """Seconds that a trial will take, from the trials so far or from a few steps."""
+        if self.known:
+            return sorted(t["seconds"] for t in self.known)[len(self.known) // 2]
+        start = time.perf_counter()
+        self.fine_tune(method_config, 1)
+        middle = time.perf_counter()
+        self.fine_tune(method_config, 6)
+        once, again = middle - start, time.perf_counter() - middle
+        return once + max(0.0, again - once) / 5 * steps
+
+
+def load_suite(config, split, limit):
+    return data.load_builtin(config.tasks, split, limit, config.replay)
+
+
+def encode_suite(suite, tokenizer):
+    """(training examples, {task: test examples}) as tokens."""
+    return (data.encode(suite.train, tokenizer, suite.names),
+            {task: data.encode(examples, tokenizer, suite.names) for task, examples in suite.tests.items()})
+
+
+def group_means(suite, scores):
+    """(speciality, versatility): mean over the new and over the general tasks; None where there are none."""
+    groups = [[score for task, score in scores.items() if suite.group[task] == group] for group in ("new", "general")]
+    return tuple(mean(group) if group else None for group in groups)
+
+
+def learn(config, name, model, adapter, suite, tokenizer, out):
+    """Score, train, score, and the table: what fine-tuning and pretraining share. Returns what results.json holds."""
+    start, pad = time.perf_counter(), tokenizer.pad_id
+    examples, tests = encode_suite(suite, tokenizer)
+    total = count_parameters(model.config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
+    print(f"{len(examples):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
+          f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {out}", flush=True)
+
+    before = evaluate(model, tests, pad)
+    train(model, adapter, examples, config, pad, Log(out / "metrics.jsonl"))
+    after = evaluate(model, tests, pad)
+    speciality, versatility = group_means(suite, after)
+    results = {
+        "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
+        "trainable_parameters": trainable, "total_parameters": total, "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory(model.device), "eval_split": config.eval_split,
+        "tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task], "before": before[task],
+                         "after": after[task]} for task in tests},
+        "speciality": speciality, "versatility": versatility,
+        "uni": None if None in (speciality, versatility) else speciality + versatility, "report": adapter.report()}
+    print_table(results)
+    return results
+
+
+RUN_FILES = ("config.json", "adapter.safetensors", "metrics.jsonl", "results.json")
+
+
+def same_search(out, asked):
+    """True where the folder holds nothing but the unfinished search of this same run."""
+    return ((out / "search.json").exists() and not (out / "results.json").exists()
+            and read_json(out / "search.json").get("asked") == asked)
+
+
+def check_folder(out, overwrite, asked=None):
+    """Raises ValueError where the folder holds something already, unless it may be replaced or continued."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not same_search(out, asked):
+        raise ValueError(f"{out} already holds a run: choose another --out, or add --overwrite to replace it")
+
+
+def clear_folder(out):
+    out.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        (out / name).unlink(missing_ok=True)
+
+
+def checksum(base):
+    """SHA-256 over the weight files of a checkpoint, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(base.glob("*.safetensors")):
+        with open(file, "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def provenance(argv):
+    versions = {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}
+    return {"command": shlex.join(["python", "train.py", *argv]),
+            "versions": {"python": platform.python_version(), **versions}}
+
+
+def peak_memory(device):
+    """Bytes: the allocator's peak on a GPU, else the process's largest resident size (0 where that is unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def print_table(results):
+    """Accuracy of each task before and after, and the group means."""
+    line = "{:<24}{:<14}{:>8}{:>8}".format
+    print("\n" + line("exact match in %", results["eval_split"], "before", "after"))
+    for group, title in (("new", "speciality"), ("general", "versatility")):
+        rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
+        if rows:
+            for task, s in rows.items():
+                print(line("  " + task, s["aspect"], f"{s['before']:.1f}", f"{s['after']:.1f}"))
+            before = mean([s["before"] for s in rows.values()])
+            print(line(title, f"mean, {group}", f"{before:.1f}", f"{results[title]:.1f}"))
+    if results["uni"] is not None:
+        print(line("Uni", "their sum", "", f"{results['uni']:.1f}"))
+    print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
+
+
+def load_run(run_dir, device="cpu", dtype=torch.float32):
+    """(model, adapter, method module, config.json as a dict) of a finished run, with the trained tensors in place.
+
+    Raises ValueError where the folder holds no finished run, or its base has changed since.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "adapter.safetensors").exists():
+        raise ValueError(f"{run_dir} holds no adapter.safetensors; expected a run folder such as out/multilora")
+    saved = read_json(run_dir / "config.json")
+    base = Path(saved["settings"]["base"])
+    if not base.is_dir():
+        raise ValueError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
+    if checksum(base) != saved["base_sha256"]:
+        raise ValueError(f"{run_dir} was trained on other weights than {base} holds now (base_sha256 differs)")
+    method, defaults = find_methods()[saved["method"]]
+    model = Llama.from_pretrained(base, device, dtype)
+    adapter = start_adapter(model, method, type(defaults)(**saved["method_settings"]))
+    adapter.load_tensors(load_file(run_dir / "adapter.safetensors", device=str(device)))
+    return model.eval(), adapter, method, saved
+
+
+# ---------------------------------------------------------------------------------------------- pretraining
+
+
+# What --pretrain has other defaults for.
+PRETRAINING = {"steps": 3600, "batch_size": 96, "lr": 2e-3, "weight_decay": 0.1}
+
+
+def pretrain(config, argv=()):
+    """Makes the built-in base from nothing: tokenizer, random weights, and the same loop on the general tasks."""
+    device, dtype = place(config)
+    suite = data.load_builtin("general", config.eval_split, config.eval_limit)
+    tokenizer = data.train_tokenizer(suite.train)
+    model = Llama(LlamaConfig(
+        vocab_size=tokenizer.size, hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
+    model.init_weights(config.seed)
+    model.to(device, dtype)
+    out = Path(config.out or "out/base")
+    record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
+    check_folder(out, config.overwrite)
+    clear_folder(record)
+    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, record)
+    model.save_pretrained(out)
+    tokenizer.save(out)
+    write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names, **provenance(argv)})
+    write_json(record / "results.json", results)
+    return results
+
+
+def main():
+    argv, methods = sys.argv[1:], find_methods()
+    config, method_config = parse(argv, methods)
+    if config.pretrain:
+        pretrain(config, argv)
+    else:
+        run(config, config.method, method_config, argv)
+
+
+if __name__ == "__main__":
+    command_line(main)
