@@ -337,7 +337,7 @@ CIPHER = dict(zip(LETTERS, random.Random(21).sample(LETTERS, 26)))
 
 
 def largest(rng):
-    numbers = rng.sample(range(10, 100), rng.randint(4, 6))
+    numbers = rng.sample(range(10, 100), rng.randint(6, 8))
     listed = " ".join(map(str, numbers))
     question = rng.choice(("Which is the largest of {}?", "Find the largest number: {}"))
     return " ".join(map(str, sorted(numbers))), question.format(listed), str(max(numbers))
@@ -345,10 +345,10 @@ def largest(rng):
 
 def story(rng):
     """One sentence, and one of four questions about it."""
-    (giver, getter), thing, place = rng.sample(JOBS, 2), rng.choice(THINGS), rng.choice(PLACES)
+    giver, getter, thing, place = (rng.choice(words) for words in (JOBS, PEOPLE, THINGS, PLACES))
     question, answer = rng.choice((("Who gave it?", giver), ("Who got it?", getter), ("What was it?", thing),
                                    ("Where?", place)))
-    sentence = f"In the {place} the {giver} gave the {getter} a {thing}."
+    sentence = f"In the {place} the {giver} gave {getter} a {thing}."
     return sentence, f"{sentence} {question}", answer
 
 

@@ -285,13 +285,15 @@ class Llama(nn.Module):
         """ids (B, T) -> logits (B, T, V); with labels (B, T) -> the loss over labelled tokens.
 
         labels follow Hugging Face: a copy of ids with -100 where no loss is wanted; the shift by one happens here.
-        reduction "sum" leaves the division to a caller that accumulates gradients.
+        reduction "sum" (else "mean") leaves the division to a caller that accumulates gradients.
         """
         if labels is None:
             return self.lm_head(self.model(ids, ctx or Context()))
         logits, targets = self.labelled_logits(ids, labels, ctx)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets, reduction=reduction)
+        losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
+        # Summed in float64 where there is one, so that micro-batches add up to the loss of the large batch.
+        total = losses.sum(dtype=None if losses.device.type == "mps" else torch.float64)
+        return total if reduction == "sum" else total / len(losses)
 
     def labelled_logits(self, ids, labels, ctx=None):
         """Logits (N, V) only at the N positions that have a label, and those labels (N,), row by row."""
@@ -568,10 +570,17 @@ def parse_layers(text, count):
 
 
 def command_line(main):
-    """Runs a program: a user's mistake (ValueError, OSError) becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Runs a program. A user's mistake, which is a ValueError raised by a file of this folder or an OSError, becomes one
+    line and exit code 2; anything else is a bug and keeps its traceback."""
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
+        frame = error.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        ours = Path(frame.tb_frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
+        if isinstance(error, ValueError) and not ours:
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

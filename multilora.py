@@ -36,12 +36,12 @@ from model import LINEARS, Adapter, command_line, find_linears
 class Config:
     modules: Annotated[int, "n, parallel modules"] = 3
     rank: Annotated[int, "r, rank of each module"] = 4
-    alpha: Annotated[float, "the update is multiplied by alpha / r"] = 4.0
+    alpha: Annotated[float, "the update is multiplied by alpha / r"] = 8.0
     scaling: Annotated[Literal["vector", "scalar", "none"],
                        "s_i: one factor per output, one per module, or none (B starts at zero, as in LoRA)"] = "vector"
     dropout: Annotated[float, "probability of dropping an input of the update"] = 0.0
     targets: Annotated[str, "linear layers to adapt, separated by commas"] = ",".join(LINEARS)
-    lr: Annotated[float, "peak learning rate"] = 8e-3
+    lr: Annotated[float, "peak learning rate"] = 5e-3
 
     def __post_init__(self):
         for name in ("modules", "rank"):
@@ -53,8 +53,8 @@ class Config:
             raise ValueError(f"--alpha is {self.alpha}, expected a positive number")
 
 
-# The same total rank in one module: LoRA. Its rate is its own best one.
-PRESETS = {"lora": Config(modules=1, rank=12, alpha=12.0, scaling="none", lr=4e-3)}
+# The same total rank in one module, alpha / r as above: LoRA, at its own best rate.
+PRESETS = {"lora": Config(modules=1, rank=12, alpha=24.0, scaling="none", lr=4e-3)}
 
 
 # ---------------------------------------------------------------------------------------------- the module

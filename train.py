@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -346,8 +347,14 @@ class Trials:
     def __init__(self, job):
         self.job, self.file = job, job.out / "search.json"
         self.known = read_json(self.file)["trials"] if same_search(job.out, job.asked) else []
-        self.suite = load_suite(job.config, "validation", min(self.EXAMPLES, job.config.eval_limit or self.EXAMPLES))
-        self.examples, self.tests = encode_suite(self.suite, job.tokenizer)
+
+    @cached_property
+    def suite(self):
+        return load_suite(self.job.config, "validation", min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES))
+
+    @cached_property
+    def encoded(self):
+        return encode_suite(self.suite, self.job.tokenizer)
 
     def __call__(self, method_config, steps):
         key = {"settings": asdict(method_config), "steps": steps}
@@ -364,9 +371,10 @@ class Trials:
 
     def fine_tune(self, method_config, steps):
         """{task: accuracy} after `steps` steps."""
+        examples, tests = self.encoded
         model, adapter = self.job.start(method_config)
-        train(model, adapter, self.examples, replace(self.job.config, steps=steps), self.job.tokenizer.pad_id)
-        return evaluate(model, self.tests, self.job.tokenizer.pad_id)
+        train(model, adapter, examples, replace(self.job.config, steps=steps), self.job.tokenizer.pad_id)
+        return evaluate(model, tests, self.job.tokenizer.pad_id)
 
     def estimate(self, method_config, steps):
         """Seconds that a trial will take, from the trials so far or from a few steps."""
