@@ -47,12 +47,14 @@ class Config:
     ortho: Annotated[Literal["joint", "separate"], "subspaces orthonormal together, or each alone"] = "joint"
     router: Annotated[bool, "gate the subspaces; without it every α is 1"] = True
     route_on: Annotated[Literal["prompt_mean", "first_token", "last_token"], "what the router reads"] = "prompt_mean"
-    router_lr: Annotated[float, "the router's peak learning rate"] = 1e-3
+    router_lr: Annotated[float, "the router's peak learning rate"] = 4e-3
     sparsity: Annotated[float, "λ, weight of the mean gate in the loss"] = 0.0
     supervise_gates: Annotated[bool, "also teach the router to open subspace (task number mod k) for a task"] = False
     gate: Annotated[Literal["soft", "hard"], "gates at evaluation; training is always soft"] = "soft"
     threshold: Annotated[float, "hard gates open above it"] = 0.5
-    lr: Annotated[float, "peak learning rate"] = 4e-3
+    lr: Annotated[float, "peak learning rate"] = 1e-2
+    steps: Annotated[int, "optimiser steps"] = 1200  # as many examples as the other methods see, in smaller steps
+    batch_size: Annotated[int, "examples in a micro-batch"] = 24
 
     def __post_init__(self):
         for name in ("subspaces", "rank"):

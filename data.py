@@ -337,7 +337,7 @@ CIPHER = dict(zip(LETTERS, random.Random(21).sample(LETTERS, 26)))
 
 
 def largest(rng):
-    numbers = rng.sample(range(10, 100), rng.randint(6, 8))
+    numbers = rng.sample(range(10, 100), rng.randint(7, 9))
     listed = " ".join(map(str, numbers))
     question = rng.choice(("Which is the largest of {}?", "Find the largest number: {}"))
     return " ".join(map(str, sorted(numbers))), question.format(listed), str(max(numbers))

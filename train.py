@@ -380,12 +380,13 @@ class Trials:
         """Seconds that a trial will take, from the trials so far or from a few steps."""
         if self.known:
             return sorted(t["seconds"] for t in self.known)[len(self.known) // 2]
-        start = time.perf_counter()
-        self.fine_tune(method_config, 1)
-        middle = time.perf_counter()
-        self.fine_tune(method_config, 6)
-        once, again = middle - start, time.perf_counter() - middle
-        return once + max(0.0, again - once) / 5 * steps
+        self.fine_tune(method_config, 1)  # the first one of a process is slower
+        seconds = []
+        for few in (1, 11):
+            start = time.perf_counter()
+            self.fine_tune(method_config, few)
+            seconds.append(time.perf_counter() - start)
+        return seconds[0] + max(0.0, seconds[1] - seconds[0]) / 10 * (steps - 1)
 
 
 def load_suite(config, split, limit):
