@@ -570,8 +570,8 @@ def parse_layers(text, count):
 
 
 def command_line(main):
-    """Runs a program. A user's mistake, which is a ValueError raised by a file of this folder or an OSError, becomes one
-    line and exit code 2; anything else is a bug and keeps its traceback."""
+    """Runs a program. A user's mistake, which is a ValueError raised by a file of this folder or an OSError, becomes
+    one line and exit code 2; anything else is a bug and keeps its traceback."""
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

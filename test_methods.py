@@ -723,8 +723,9 @@ def test_a_random_mask_has_the_same_values_on_other_units():
 
 
 def test_adam_cancels_a_constant_factor_on_the_gradient():
-    """Why --mask-on update is the default. Total update (summed length of all steps) of the same run with every gradient
-    times 0.25: unchanged. With every update times 0.25: about a third, since slower progress leaves larger gradients."""
+    """Why --mask-on update is the default. Total update (summed length of all steps) of the same run with every
+    gradient times 0.25: unchanged. With every update times 0.25: about a third, since slower progress leaves larger
+    gradients."""
     def total_update(factor_on_gradient, factor_on_update):
         model, total = tiny(), 0.0
         params = list(model.parameters())

@@ -350,7 +350,8 @@ class Trials:
 
     @cached_property
     def suite(self):
-        return load_suite(self.job.config, "validation", min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES))
+        limit = min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES)
+        return load_suite(self.job.config, "validation", limit)
 
     @cached_property
     def encoded(self):
