@@ -53,7 +53,7 @@ class Config:
             raise ValueError(f"--alpha is {self.alpha}, expected a positive number")
 
 
-# The same total rank in one module, alpha / r as above: LoRA, at its own best rate.
+# The same total rank in one module, alpha / r as above: LoRA.
 PRESETS = {"lora": Config(modules=1, rank=12, alpha=24.0, scaling="none", lr=4e-3)}
 
 

@@ -880,16 +880,16 @@ def test_the_same_command_writes_the_same_bytes(runs, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
-@pytest.mark.parametrize("dtype, steps, bound", [("float64", 10, 1e-9), ("float32", 3, 1e-6)])
-def test_gradient_accumulation_equals_one_large_batch(runs, dtype, steps, bound):
-    """Exactly so in float64. In float32 the rounding of the gradients, which Adam divides by their size, adds up: the
-    first steps agree to 1e-6, later ones to about 1e-5."""
-    common = ("--method", "multilora", "--tasks", "currency,cipher", "--steps", str(steps), "--eval-limit", "2",
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-9), ("float32", 1e-6)])
+def test_gradient_accumulation_equals_one_large_batch(runs, dtype, bound):
+    """Exactly so in float64. In float32 the rounding of the gradients, which Adam divides by their size, adds up: these
+    two tasks stay within 1e-6 for ten steps, all six together drift to about 1e-5."""
+    common = ("--method", "multilora", "--tasks", "currency,cipher", "--steps", "10", "--eval-limit", "2",
               "--log-every", "1", "--dtype", dtype)
     large = runs(*common, "--batch-size", "32")
     small = runs(*common, "--batch-size", "8", "--grad-accum", "4")
     losses = [[json.loads(line)["loss"] for line in open(folder / "metrics.jsonl")] for folder in (large, small)]
-    assert len(losses[0]) == steps and losses[0] == pytest.approx(losses[1], abs=bound)
+    assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], abs=bound)
 
 
 def test_an_existing_run_is_never_overwritten_silently(runs):
