@@ -515,7 +515,7 @@ def test_loreft_equals_its_equation_and_pyreft():
     got = edits.edit(1, h, ctx)
     torch.testing.assert_close(got, naive_edit(edits, 1, h, torch.ones(2, 1)), atol=1e-5, rtol=0)
     pyreft = pytest.importorskip("pyreft", reason="pyreft is not installed; the written-out equation above was checked")
-    theirs = pyreft.LoreftIntervention(embed_dim=32, low_rank_dimension=4)
+    theirs = pyreft.LoreftIntervention(embed_dim=32, low_rank_dimension=4, dtype=torch.float32)
     theirs.rotate_layer.parametrizations.weight[0].base.copy_(torch.eye(32))
     theirs.rotate_layer.weight = edits.R[1, 0].T
     theirs.learned_source.weight.copy_(edits.W[1, 0])
