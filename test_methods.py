@@ -574,6 +574,23 @@ def test_gates_depend_on_the_prompt_alone(route_on):
     assert (gates([other], [30])[0] - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("route_on", ["prompt_mean", "first_token"])
+def test_the_first_token_cannot_tell_tasks_apart_and_the_prompts_mean_can(tmp_path, route_on):
+    """Even when the right gates are taught by label: behind one BOS and one template the first token is always the
+    same, so its gates end at the same value for both tasks."""
+    out = tmp_path / "run"
+    text = cli("train.py", "--method", "csreft", "--tasks", "currency,cipher", "--steps", "40", "--router-lr", "0.03",
+               "--supervise-gates", "--route-on", route_on, "--eval-limit", "10", "--out", out).stdout
+    note = [line for line in text.splitlines() if line.startswith("note: --route-on")]
+    assert len(note) == (route_on == "first_token")
+    assert json.loads((out / "results.json").read_text())["report"]["constant_gates"] == (route_on == "first_token")
+    table = cli("csreft.py", out, "--eval-limit", "10").stdout.split("accuracy in %")[0].splitlines()
+    gates = {row.split()[0]: [float(x) for x in row.split()[1:]] for row in table
+             if row.startswith(("currency", "cipher"))}
+    apart = max(abs(a - b) for a, b in zip(gates["currency"], gates["cipher"]))
+    assert apart == 0 if route_on == "first_token" else apart > 0.2
+
+
 @pytest.mark.parametrize("positions", ["all", "f2+l2"])
 @torch.no_grad()
 def test_edited_generation_in_a_batch_equals_one_by_one_and_no_cache(positions):
