@@ -2,6 +2,7 @@
 
     h' = h + sum_i α_i R_i^T (W_i h + b_i - R_i h),   i = 1..k        the edit
     α = sigmoid(V_2 relu(V_1 x + c_1) + c_2)                          the router; x: the prompt's input embedding
+                                                                      (see below), at unit root mean square
     loss + λ mean(α)                                                  the paper's regulariser Ω; the mean is ours
 
     h (d,) output of a decoder layer, R_i (r, d) with orthonormal rows, W_i (r, d), b_i (r,), α (k,) in [0, 1],
@@ -17,6 +18,8 @@ Our choices where it is silent or contradicts itself:
   each R_i alone, as its equation does.
 - The paper routes on the first token's embedding (`--route-on first_token`). Behind a shared prompt template or a BOS
   that token is the same for every prompt, and then the gates cannot depend on the task. Default: the prompt's mean.
+- Input embeddings are small (0.02 is a usual start), and a two-layer MLP that reads them as they are hardly leaves 1/2
+  with its gates. Ours reads them at unit root mean square; `--no-router-norm` restores the bare embedding.
 - One router for the whole model, soft gates in training; `--gate hard` thresholds them at evaluation.
 - R is a plain tensor. After each optimiser step a thin QR puts it back on the manifold; torch's orthogonal
   parametrisation would keep a d x d buffer for each layer, and cannot be saved and resumed exactly.
@@ -41,12 +44,13 @@ from model import SHAPES, Adapter, Context, command_line, count_parameters, pars
 @dataclass
 class Config:
     subspaces: Annotated[int, "k, subspaces of each edited layer"] = 4
-    rank: Annotated[int, "r, dimensions of each subspace"] = 4
+    rank: Annotated[int, "r, dimensions of each subspace"] = 5
     layers: Annotated[str, "layers to edit after: all, a list such as 3,9,18, or a range such as 25%-50%"] = "all"
     positions: Annotated[str, "tokens to edit: all, or the first and last of the prompt, such as f5+l5"] = "all"
     ortho: Annotated[Literal["joint", "separate"], "subspaces orthonormal together, or each alone"] = "joint"
     router: Annotated[bool, "gate the subspaces; without it every α is 1"] = True
     route_on: Annotated[Literal["prompt_mean", "first_token", "last_token"], "what the router reads"] = "prompt_mean"
+    router_norm: Annotated[bool, "the router's input at unit root mean square"] = True
     router_lr: Annotated[float, "the router's peak learning rate"] = 4e-3
     sparsity: Annotated[float, "λ, weight of the mean gate in the loss"] = 0.0
     supervise_gates: Annotated[bool, "also teach the router to open subspace (task number mod k) for a task"] = False
@@ -85,7 +89,7 @@ def parse_positions(text):
 
 
 # All rank in one subspace, always open: LoReFT.
-PRESETS = {"loreft": Config(subspaces=1, rank=16, router=False)}
+PRESETS = {"loreft": Config(subspaces=1, rank=20, router=False)}
 
 
 # ---------------------------------------------------------------------------------------------- the module
@@ -119,12 +123,15 @@ class CSReFT(nn.Module):
         self.R.copy_(q.transpose(-1, -2).reshape(self.R.shape))
 
     def read(self, h, prompt):
-        """What the router reads: embeddings h (B, T, d), prompt (B, T) bool -> (B, d)."""
+        """x, what the router reads: embeddings h (B, T, d), prompt (B, T) bool -> (B, d)."""
+        h = h.to(self.R.dtype)
         if self.config.route_on == "first_token":
-            return h[:, 0]
-        if self.config.route_on == "last_token":
-            return h[torch.arange(len(h), device=h.device), prompt.sum(1) - 1]
-        return torch.where(prompt[..., None], h, 0.0).sum(1) / prompt.sum(1, keepdim=True)
+            x = h[:, 0]
+        elif self.config.route_on == "last_token":
+            x = h[torch.arange(len(h), device=h.device), prompt.sum(1) - 1]
+        else:
+            x = torch.where(prompt[..., None], h, 0.0).sum(1) / prompt.sum(1, keepdim=True)
+        return F.rms_norm(x, x.shape[-1:]) if self.config.router_norm else x
 
     def route(self, h, ctx):
         """Decides the gates α (B, k) from the embeddings of the prompts; while decoding they stay as they are."""
@@ -138,7 +145,7 @@ class CSReFT(nn.Module):
             gates = h.new_ones(len(h), k, dtype=self.R.dtype)
         else:
             with torch.autocast(h.device.type, enabled=False):
-                logits = self.router(self.read(h, prompt).to(self.R.dtype))
+                logits = self.router(self.read(h, prompt))
             ctx.memory["gate_logits"], gates = logits, logits.sigmoid()
             if self.config.gate == "hard" and not self.training:
                 gates = (gates > self.config.threshold).to(gates.dtype)

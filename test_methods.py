@@ -473,22 +473,23 @@ def naive_edit(edits, i, h, gates, edited=None):
 
 @pytest.mark.parametrize("positions", ["all", "f2+l2", "f1", "l3", "f5+l5"])
 @pytest.mark.parametrize("gate", ["soft", "hard"])
-@pytest.mark.parametrize("ortho", ["joint", "separate"])
+@pytest.mark.parametrize("ortho, norm", [("joint", True), ("separate", False)], ids=["joint", "separate, bare input"])
 @torch.no_grad()
-def test_stacked_csreft_equals_the_naive_sum(positions, gate, ortho):
+def test_stacked_csreft_equals_the_naive_sum(positions, gate, ortho, norm):
     """Two models with equal weights: in one the hooks edit, in the other the test does, layer by layer."""
     ours, plain = tiny(torch.float64), tiny(torch.float64)
-    adapter = csreft.attach(ours, csreft_config(positions=positions, gate=gate, ortho=ortho))
+    adapter = csreft.attach(ours, csreft_config(positions=positions, gate=gate, ortho=ortho, router_norm=norm))
     perturb(ours, 0.5)
     adapter.after_step()
     ours.eval()
     ids, lengths = random_ids(ours, 3, 12), torch.tensor([12, 4, 7])
     prompt = torch.arange(12) < lengths[:, None]
     x = torch.stack([ours.model.embed_tokens(ids[b, : lengths[b]]).mean(0) for b in range(3)])
+    x = x / x.square().mean(1, keepdim=True).sqrt() if norm else x
     net = adapter.edits.router
     gates = 1 / (1 + torch.exp(-(torch.relu(x @ net[0].weight.T + net[0].bias) @ net[2].weight.T + net[2].bias)))
     if gate == "hard":
-        threshold = adapter.edits.config.threshold = gates.median().item()
+        threshold = adapter.edits.config.threshold = gates.median().item() + 1e-6
         gates = (gates > threshold).double()
         assert 0 < gates.mean() < 1, "all gates alike: the test shows nothing"
     ctx = Context(prompt_mask=prompt)
