@@ -368,12 +368,13 @@ def run(config, name, method_config, argv=()):
     """One whole run of a method; returns what results.json holds."""
     job = open_job(config, name, method_config)
     suite = load_suite(config, config.eval_split, config.eval_limit, job.tokenizer)
+    encoded = encode_suite(suite, job.tokenizer, config, job.longest)
     method_config = settle(job)
     model, adapter = job.start(method_config)  # every mistake has shown by now, and nothing old is deleted before
     clear_folder(job.out)
     write_json(job.out / "config.json", {
         **job.asked, "method_settings": asdict(method_config), "tasks": suite.names, **provenance(argv)})
-    results = learn(config, name, model, adapter, suite, job.tokenizer, job.out)
+    results = learn(config, name, model, adapter, suite, encoded, job.tokenizer, job.out)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
     save_file(tensors, job.out / "adapter.safetensors", {"format": "pt"})
     write_json(job.out / "results.json", results)
@@ -468,10 +469,9 @@ def group_means(suite, scores):
     return tuple(mean(group) if group else None for group in groups)
 
 
-def learn(config, name, model, adapter, suite, tokenizer, out):
+def learn(config, name, model, adapter, suite, encoded, tokenizer, out):
     """Score, train, score, and the table: what fine-tuning and pretraining share. Returns what results.json holds."""
-    start = time.perf_counter()
-    examples, tests = encode_suite(suite, tokenizer, config, longest_of(config, model.config))
+    start, (examples, tests) = time.perf_counter(), encoded
     scored = lambda: evaluate(model, tests, tokenizer, suite.score, config.max_new_tokens)
     total = count_parameters(model.config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -648,7 +648,8 @@ def pretrain(config, argv=()):
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
     check_folder(out, config.overwrite)
     clear_folder(record)
-    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, record)
+    encoded = encode_suite(suite, tokenizer, config, longest_of(config, model.config))
+    results = learn(config, "pretrain", model, Adapter(model), suite, encoded, tokenizer, record)
     model.save_pretrained(out)
     tokenizer.save(out)
     write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names, **provenance(argv)})
