@@ -312,11 +312,12 @@ def main():
         raise ValueError(f"{args.run_dir} is a run of {saved['method']!r}, expected csreft or loreft")
     settings = train.Config(**saved["settings"])
     tokenizer = train.data.Tokenizer.from_pretrained(settings.base)
-    suite = train.load_suite(settings, settings.eval_split, args.eval_limit or settings.eval_limit)
-    _, tests = train.encode_suite(suite, tokenizer)
+    suite = train.load_suite(settings, settings.eval_split, args.eval_limit or settings.eval_limit, tokenizer)
+    _, tests = train.encode_suite(suite, tokenizer, settings, train.longest_of(settings, model.config))
     new = {task: examples for task, examples in tests.items() if suite.group[task] == "new"}
     k, names = adapter.edits.config.subspaces, [f"subspace {i}" for i in range(adapter.edits.config.subspaces)]
-    score = lambda some: train.evaluate(model, some, tokenizer.pad_id)
+    score = lambda some: {task: next(iter(figures.values())) for task, figures in train.evaluate(
+        model, some, tokenizer, suite.score, settings.max_new_tokens).items()}
 
     table("mean gate of each subspace", names, gates_by_task(model, adapter, tests, tokenizer.pad_id))
     soft, without = score(new), []

@@ -2,23 +2,25 @@
 
     file or generator -> records -> Example(task, segments, choices) -> Batch(ids, labels, prompt_mask, tasks)
 
-Read in this order: examples and the prompt template, the tokenizer, batches, scoring, the built-in suite, and a small
-program, `python data.py`, that shows all of it.
+Read in this order: examples and prompt templates, the tokenizer, batches, scoring, files and their formats, the
+built-in suite, and a small program, `python data.py [FILE ...]`, that shows all of it.
 
 The built-in suite has *general* tasks, on which `base/` is pretrained, and *new* tasks, which it scores near zero on.
 Every prompt is invented, so no pretraining elsewhere could have seen it. Training, validation and test prompts of a
 task never share their operands; facts are asked about in other words.
 """
 
+import csv
 import json
 import math
 import random
-import sys
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -28,17 +30,65 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 @dataclass
 class Example:
     """One record, ready to be tokenized. segments are (text, trained?) pairs in reading order, so that several
-    assistant turns fit; the prompt is all before the first trained one. choices: the answers to rank, or None."""
+    assistant turns fit; the prompt is all before the first trained one. choices: the answers to rank, the right one
+    being that of the last segment, or None."""
 
     task: str
     segments: list
     choices: list | None = None
 
 
-# Prompt templates: instruction -> prompt text. `short` is Alpaca's without its opening sentence.
+@dataclass
+class Row:
+    """What a record says, before a template makes text of it: (user, assistant) turns, and what goes with the first."""
+
+    turns: list
+    given: str = ""  # Alpaca's input
+    system: str = ""
+    choices: list | None = None
+
+
+@dataclass
+class Template:
+    """How a conversation becomes text; {} is what the user says, then the input where there are two."""
+
+    first: str  # the opening turn of the user
+    later: str  # the turns after it
+    answer: str = "{}"
+    paired: str | None = None  # an opening turn with an input; None: the input follows after a blank line
+    system: str = "{}\n\n{}"  # system text and opening turn
+
+    def opening(self, instruction, given="", system=""):
+        instruction = self.system.format(system, instruction) if system else instruction
+        if given and self.paired:
+            return self.paired.format(instruction, given)
+        return self.first.format(f"{instruction}\n\n{given}" if given else instruction)
+
+    def example(self, task, row):
+        """Example of a Row. A record without a prompt is plain text: no template, trained on from its second token."""
+        segments, choices = [], row.choices and [self.answer.format(choice) for choice in row.choices]
+        for i, (user, assistant) in enumerate(row.turns):
+            if user:
+                text = self.later.format(user) if i else self.opening(user, row.given, row.system)
+                segments += [(text, False), (self.answer.format(assistant), True)]
+            else:
+                segments.append((assistant, True))
+        return Example(task, segments, choices)
+
+
+ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
+SHORT = "### Instruction:\n{}\n\n### Response:\n"
+LLAMA3 = ("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+          "<|start_header_id|>assistant<|end_header_id|>\n\n")
+# `short`, the built-in suite's, is Alpaca's without its opening sentence. BOS and EOS are the tokenizer's business.
 TEMPLATES = {
-    "plain": "{}".format,
-    "short": "### Instruction:\n{}\n\n### Response:\n".format,
+    "plain": Template("{}", "\n{}", " {}"),
+    "short": Template(SHORT, "\n\n" + SHORT),
+    "alpaca": Template(ALPACA.format("") + "\n\n" + SHORT, "\n\n" + SHORT, paired=ALPACA.format(
+        ", paired with an input that provides further context") + "\n\n" + SHORT.replace(
+        "\n\n### R", "\n\n### Input:\n{}\n\n### R")),
+    "llama2": Template("[INST] {} [/INST]", "<s>[INST] {} [/INST]", " {} ", system="<<SYS>>\n{}\n<</SYS>>\n\n{}"),
+    "llama3": Template(LLAMA3, LLAMA3),
 }
 
 
@@ -86,7 +136,10 @@ class Tokenizer:
 
     def encode(self, text, start=True):
         """Token ids of a text; start adds what the tokenizer puts before a sequence (BOS)."""
-        return self.fast.encode(text, add_special_tokens=start).ids
+        return self.encode_batch([text], start)[0]
+
+    def encode_batch(self, texts, start=True):
+        return [e.ids for e in self.fast.encode_batch(texts, add_special_tokens=start)]
 
     def decode(self, ids):
         return self.fast.decode(list(ids))
@@ -128,6 +181,8 @@ class Encoded:
     labels: list
     prompt: int
     task: int
+    choices: list | None = None  # an Encoded for each choice, labelled on the choice alone, without EOS
+    gold: str = ""  # the answer as text
 
 
 @dataclass
@@ -145,14 +200,14 @@ def encode(examples, tokenizer, names):
     """[Encoded] for examples, in order. names: all task names, whose order gives the task index.
 
     Segments are tokenized one by one, so that no token reaches across the border of prompt and answer; an EOS, trained
-    too, ends every trained segment.
+    too, ends every trained segment. The very first token is never trained on: nothing predicts it.
     """
     texts = [(text, i == 0) for e in examples for i, (text, _) in enumerate(e.segments)]
+    texts += [(choice, False) for e in examples for choice in e.choices or ()]
     ids = {}
     for start in (True, False):  # two batch calls are several times faster than a call for each text
         wanted = list(dict.fromkeys(text for text, first in texts if first == start))
-        encodings = tokenizer.fast.encode_batch(wanted, add_special_tokens=start)
-        ids.update({(text, start): e.ids for text, e in zip(wanted, encodings)})
+        ids.update({(text, start): i for text, i in zip(wanted, tokenizer.encode_batch(wanted, start))})
     out = []
     for e in examples:
         tokens, labels = [], []
@@ -160,9 +215,32 @@ def encode(examples, tokenizer, names):
             piece = ids[text, i == 0] + [tokenizer.eos_id] * trained
             tokens += piece
             labels += piece if trained else [-100] * len(piece)
+        labels[:1] = [-100]
         prompt = next((i for i, label in enumerate(labels) if label != -100), len(labels))
-        out.append(Encoded(tokens, labels, prompt, names.index(e.task)))
+        task, choices = names.index(e.task), None
+        if e.choices:
+            before = len(tokens) - len(ids[e.segments[-1][0], False]) - 1  # tokens ahead of the last segment
+            choices = [Encoded(tokens[:before] + ids[c, False], [-100] * before + ids[c, False], prompt, task, gold=c)
+                       for c in e.choices]
+        out.append(Encoded(tokens, labels, prompt, task, choices, e.segments[-1][0]))
     return out
+
+
+def fit(encoded, longest, how):
+    """(examples of at most `longest` tokens, how many were longer). how "drop" leaves those out; "cut" takes tokens
+    from the front of the prompt, behind its first token, down to half of `longest`, then from the end."""
+    kept, long = [], 0
+    for e in encoded:
+        over = max(len(one.ids) for one in (e, *(e.choices or ()))) - longest
+        long += over > 0
+        if over > 0 and how == "drop":
+            continue
+        front = min(over, max(0, e.prompt - longest // 2))
+        for one in (e, *(e.choices or ())) if over > 0 else ():
+            one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
+            one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
+        kept.append(e)
+    return kept, long
 
 
 def draw(examples, size, seed):
@@ -197,23 +275,339 @@ def collate(group, pad):
 
 
 @torch.no_grad()
-def hits(model, examples, pad, context, batch_size=100):
-    """Greedy exact match of each encoded example, [bool].
-
-    No generation is needed: an answer is what greedy decoding gives exactly when each of its tokens, EOS included, is
-    the arg-max after the true tokens before it. context(batch) -> the model's ctx.
-    """
-    found, order = [False] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+def answer_scores(model, examples, pad, context, batch_size=100):
+    """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels."""
+    found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = collate([examples[i] for i in part], pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, context(batch))
-        wrong = torch.zeros(len(part), dtype=torch.long, device=model.device)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows = (batch.labels[:, 1:] != -100).nonzero()[:, 0]
-        wrong.index_add_(0, rows, (logits.argmax(-1) != targets).long())
-        for i, n in zip(part, wrong.tolist()):
-            found[i] = n == 0
+        columns = (-F.cross_entropy(logits, targets, reduction="none"), torch.ones_like(targets),
+                   (logits.argmax(-1) != targets).long())
+        chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype, device=c.device).index_add_(0, rows, c).tolist()
+                                  for c in columns)
+        for i, *values in zip(part, chances, counts, wrong):
+            found[i] = values[0], values[1], values[2] == 0
     return found
+
+
+def percent(hits):
+    return 100 * sum(hits) / len(hits)
+
+
+def exact(model, examples, tokenizer, context, new_tokens):
+    """Greedy exact match. No generation is needed: an answer is what greedy decoding gives exactly when each of its
+    tokens, EOS included, is the arg-max after the true tokens before it."""
+    return {"exact match": percent([hit for *_, hit in answer_scores(model, examples, tokenizer.pad_id, context)])}
+
+
+def choice(model, examples, tokenizer, context, new_tokens):
+    """Is the right choice the likeliest? By its log-probability, and by that for each byte of its text, since a long
+    choice has a small probability whatever it says."""
+    every = [c for e in examples for c in e.choices]
+    scores = iter(answer_scores(model, every, tokenizer.pad_id, context))
+    raw, by_byte = [], []
+    for e in examples:
+        sums = [next(scores)[0] for _ in e.choices]
+        rates = [s / len(c.gold.strip().encode()) for s, c in zip(sums, e.choices)]
+        for values, hits in ((sums, raw), (rates, by_byte)):
+            hits.append(e.choices[values.index(max(values))].gold == e.gold)
+    return {"choice": percent(raw), "choice, by byte": percent(by_byte)}
+
+
+def final_number(text):
+    """What follows the first "#### " of a GSM8K answer, without thousands commas, or None. The same rule as in
+    openai/grade-school-math: digits, commas and dots after an optional minus; a "$" in front is no number."""
+    found = re.search(r"#### (-?[0-9.,]+)", text)
+    return found and found[1].replace(",", "")
+
+
+def gsm8k_answers(model, examples, tokenizer, context, new_tokens, batch_size=32):
+    """Is the number after "####" in the generated text the right one?"""
+    hits, order = [False] * len(examples), sorted(range(len(examples)), key=lambda i: examples[i].prompt)
+    for start in range(0, len(order), batch_size):
+        part = [examples[i] for i in order[start : start + batch_size]]
+        room = model.config.max_position_embeddings - max(e.prompt for e in part)
+        tasks = torch.tensor([e.task for e in part], device=model.device)
+        rows = model.generate([e.ids[: e.prompt] for e in part], min(new_tokens, room), tokenizer.stop_ids, tasks=tasks)
+        for i, e, row in zip(order[start:], part, rows):
+            hits[i] = final_number(tokenizer.decode(row)) == final_number(e.gold)
+    return {"final answer": percent(hits)}
+
+
+def loss(model, examples, tokenizer, context, new_tokens):
+    """Mean over all trained tokens of their negative log-probability in nats, and its exponential."""
+    scores = answer_scores(model, examples, tokenizer.pad_id, context, batch_size=32)
+    value = -sum(s for s, *_ in scores) / sum(n for _, n, _ in scores)
+    return {"loss": value, "perplexity": math.exp(min(value, 700))}
+
+
+# How a task can be scored: a function that gives one figure or several, the main one first. All but `loss` in percent.
+SCORES = {"exact": exact, "choice": choice, "gsm8k": gsm8k_answers, "loss": loss}
+
+
+# ---------------------------------------------------------------------------------------------- files and formats
+
+
+def text_of(record, *names, empty=False):
+    """The first of the named fields that the record has, as text. Raises ValueError where it is none, or empty."""
+    name = next((n for n in names if n in record), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(map(repr, names))}")
+    if not isinstance(record[name], str) or not (record[name].strip() or empty):
+        raise ValueError(f"field {name!r} is {record[name]!r}, expected text")
+    return record[name]
+
+
+def labelled(record, prompt, words):
+    """Row of a multiple-choice record whose `label` is a key of words: {label: answer}."""
+    label = record.get("label")
+    if not isinstance(label, (bool, int, str)) or label not in words:
+        raise ValueError(f"field 'label' is {label!r}, expected one of {', '.join(map(repr, words))}")
+    return Row([(f"{prompt}\nAnswer:", words[label])], choices=list(words.values()))
+
+
+def chat(record):
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("field 'messages' is no list of objects with role and content")
+    messages = [(text_of(m, "role"), text_of(m, "content")) for m in messages]
+    system = messages.pop(0)[1] if messages and messages[0][0] == "system" else ""
+    roles = [role for role, _ in messages]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"field 'messages' has the roles {roles}, expected user and assistant in turn")
+    texts = [text for _, text in messages]
+    return Row(list(zip(texts[::2], texts[1::2])), system=system)
+
+
+def alpaca(record):
+    return Row([(text_of(record, "instruction"), text_of(record, "output", empty=True))], given=record.get("input") or "")
+
+
+PROMPTS, ANSWERS = ("prompt", "question"), ("completion", "response", "answer", "output")
+
+
+def pair(record):
+    return Row([(text_of(record, *PROMPTS), text_of(record, *ANSWERS, empty=True))])
+
+
+def gsm8k(record):
+    question, answer = text_of(record, "question"), text_of(record, "answer")
+    if final_number(answer) is None:
+        raise ValueError("field 'answer' has no final '#### number'")
+    return Row([(question, answer)])
+
+
+def boolq(record):
+    prompt = f"{text_of(record, 'passage')}\nQuestion: {text_of(record, 'question')}?"
+    return labelled(record, prompt, {True: "yes", False: "no"})
+
+
+def rte(record):
+    prompt = f"{text_of(record, 'premise')}\nQuestion: {text_of(record, 'hypothesis')} True or False?"
+    return labelled(record, prompt, {"entailment": "True", "not_entailment": "False"})
+
+
+def cb(record):
+    prompt = f"{text_of(record, 'premise')}\nQuestion: {text_of(record, 'hypothesis')} True, False or Neither?"
+    return labelled(record, prompt, {"entailment": "True", "contradiction": "False", "neutral": "Neither"})
+
+
+def wic(record):
+    first, second, word = (text_of(record, name) for name in ("sentence1", "sentence2", "word"))
+    prompt = f"{first}\n{second}\nQuestion: Is the word '{word}' used in the same sense in both sentences?"
+    return labelled(record, prompt, {True: "yes", False: "no"})
+
+
+def copa(record):
+    joint = {"cause": "because", "effect": "so"}.get(record["question"])
+    if joint is None:
+        raise ValueError(f"field 'question' is {record['question']!r}, expected 'cause' or 'effect'")
+    options = [text_of(record, name) for name in ("choice1", "choice2")]
+    if record.get("label") not in (0, 1):
+        raise ValueError(f"field 'label' is {record.get('label')!r}, expected 0 or 1")
+    options = [option[0].lower() + option[1:] for option in options]
+    return Row([(f"{text_of(record, 'premise').rstrip('.')} {joint}", options[record["label"]])], choices=options)
+
+
+MMLU, MMLU_NUMBERED = ("question", *"ABCD", "answer"), ("question", *(f"choice{i}" for i in range(4)), "answer")
+
+
+def mmlu(record):
+    question, *options, answer = (text_of(record, *names) for names in zip(MMLU, MMLU_NUMBERED))
+    letter = dict(zip("0123ABCD", "ABCDABCD")).get(answer.strip())
+    if letter is None:
+        raise ValueError(f"field 'answer' is {answer!r}, expected 0 to 3 or A to D")
+    listed = "\n".join(f"{name}. {option}" for name, option in zip("ABCD", options))
+    return Row([(f"{question}\n{listed}\nAnswer:", letter)], choices=list("ABCD"))
+
+
+def text(record):
+    return Row([("", text_of(record, "text"))])
+
+
+def has(*names, label=None):
+    """Recognises records by their fields and, where two formats share those, by the labels that occur."""
+    return lambda records: all(n in records[0] for n in names) and (
+        label is None or {r.get("label") for r in records} <= set(label))
+
+
+# {name: (recognises records, how they are scored, record -> Row)}; the first that recognises a file's records is taken.
+FORMATS = {
+    "chat": (has("messages"), "loss", chat),
+    "boolq": (has("passage", "question", "label"), "choice", boolq),
+    "rte": (has("premise", "hypothesis", "label", label=("entailment", "not_entailment")), "choice", rte),
+    "cb": (has("premise", "hypothesis", "label"), "choice", cb),
+    "wic": (has("word", "sentence1", "sentence2", "label"), "choice", wic),
+    "copa": (has("premise", "choice1", "choice2", "question", "label"), "choice", copa),
+    "mmlu": (lambda records: has(*MMLU)(records) or has(*MMLU_NUMBERED)(records), "choice", mmlu),
+    "alpaca": (has("instruction", "output"), "loss", alpaca),
+    "gsm8k": (lambda records: has("question", "answer")(records) and "####" in str(records[0]["answer"]), "gsm8k", gsm8k),
+    "pair": (lambda records: any(has(p, a)(records) for p in PROMPTS for a in ANSWERS), "exact", pair),
+    "text": (has("text"), "loss", text),
+}
+
+
+def read_records(file):
+    """Yields (line number, record, error or None) of a JSON array, of JSON lines, or of CSV with a header (MMLU's is
+    known without one): by what the file holds, whatever its ending. Raises ValueError where it cannot be read on."""
+    try:
+        content = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    start = content.lstrip()[:1]
+    if start == "[":
+        yield from read_array(file, content)
+    elif start == "{":
+        for line, piece in enumerate(content.split("\n"), 1):
+            if piece.strip():
+                try:
+                    yield line, json.loads(piece), None
+                except ValueError as error:
+                    yield line, None, f"not valid JSON: {error}"
+    else:
+        rows = csv.reader(content.splitlines(keepends=True))
+        names = next(rows, [])
+        if len(names) == len(MMLU) and names[-1].strip() in list("ABCD0123"):
+            yield rows.line_num, dict(zip(MMLU, names)), None
+            names = MMLU
+        for row in rows:
+            wrong = None if len(row) == len(names) else f"{len(row)} columns, expected {len(names)}"
+            if row:
+                yield rows.line_num, dict(zip(names, row)), wrong
+
+
+def read_array(file, content):
+    """The records of a JSON array one by one, so that each has a line number."""
+    decoder, place, line, seen = json.JSONDecoder(), content.index("[") + 1, 1, 0
+    while True:
+        place = re.compile(r"[\s,]*").match(content, place).end()
+        line, seen = line + content.count("\n", seen, place), place
+        if content[place : place + 1] == "]":
+            return
+        try:
+            record, place = decoder.raw_decode(content, place)
+        except ValueError as error:
+            raise ValueError(f"{file}:{line}: not valid JSON: {error}") from None
+        yield line, record, None
+
+
+def task_name(file):
+    """A task's name from its file: without train, val, dev or test, or the folder's where nothing else is left."""
+    split = "train|val|validation|dev|test"
+    stem = re.sub(rf"[-_.]({split})$", "", Path(file).stem)
+    return Path(file).resolve().parent.name if re.match(rf"({split})\b", stem.replace("_", "-")) else stem
+
+
+def read_files(files, skip_bad=False):
+    """{task: (format name, [Row])} of files given as FILE or NAME=FILE; says what was recognised.
+
+    Raises ValueError, naming file and line, for a record that its format does not take, unless skip_bad counts it.
+    """
+    tasks = {}
+    for entry in files:
+        name, _, file = entry.rpartition("=") if not Path(entry).exists() else ("", "", entry)
+        name, rows, bad = name or task_name(file), [], []
+        records = list(read_records(file))
+        bad += [(line, error) for line, _, error in records if error]
+        bad += [(line, "no object with named fields") for line, r, error in records if not error and type(r) is not dict]
+        good = [(line, r) for line, r, error in records if not error and type(r) is dict]
+        if not good and not (bad and not skip_bad):
+            raise ValueError(f"{file} holds no records")
+        kind = next((k for k, f in FORMATS.items() if good and f[0]([r for _, r in good])), None)
+        if good and kind is None:
+            raise ValueError(f"{file}: the fields {', '.join(map(str, good[0][1]))} match no format; known: "
+                             f"{', '.join(FORMATS)} (README, \"What is recognised\")")
+        for line, record in good:
+            try:
+                rows.append(FORMATS[kind][2](record))
+            except ValueError as error:
+                bad.append((line, str(error)))
+        if bad and not skip_bad:
+            line, error = min(bad)
+            raise ValueError(f"{file}:{line}: {error}; --skip-bad-rows leaves such rows out ({len(bad)} here)")
+        print(f"{name}: {len(rows):,} records of format {kind} in {file}, scored by {FORMATS[kind][1]}"
+              + (f"; {len(bad)} bad rows skipped" if bad else ""))
+        if tasks.setdefault(name, (kind, []))[0] != kind:
+            raise ValueError(f"two files of task {name!r} have the formats {tasks[name][0]} and {kind}: "
+                             "name them apart with NAME=FILE")
+        tasks[name][1].extend(rows)
+    return tasks
+
+
+def with_shots(row, shots):
+    """The row with solved examples of its task in front of its question."""
+    (user, assistant), *rest = row.turns
+    solved = "".join(f"{question} {answer}\n\n" for shot in shots for question, answer in shot.turns[:1])
+    return Row([(solved + user, assistant), *rest], row.given, row.system, row.choices)
+
+
+def load_files(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="test", limit=0, template="plain",
+               mix="proportional", skip_bad=False):
+    """Suite of user files. Without eval_files every 20th row is held out as test data; validation data, for choosing,
+    is another 20th of the training rows, left out of training only then. General files are scored, never trained on:
+    their even rows are validation data and their odd rows test data.
+
+    mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
+    """
+    make, rows = TEMPLATES[template].example, read_files(files, skip_bad)
+    held = read_files(eval_files, skip_bad)
+    general = read_files(general_files, skip_bad)
+    solved = read_files(shot_files, skip_bad) if shots else {}
+    if both := (rows.keys() | held.keys()) & general.keys():
+        raise ValueError(f"task {min(both)!r} is both general and to be learned: name it apart with NAME=FILE")
+    train, tests, kinds = {}, {}, {}
+    for name, (kind, every) in rows.items():
+        every_20th = lambda place: [i for i in range(len(every)) if i % 20 == place] or [len(every) - 1]
+        out = set(every_20th(9)) if split == "validation" else set()
+        tests[name] = [every[i] for i in sorted(out)]
+        if not held:
+            last = set(every_20th(19))
+            tests[name] = tests[name] or [every[i] for i in sorted(last)]
+            print(f"{name}: every 20th row ({len(last)} of {len(every):,}) is held out and never trained on; "
+                  "--eval-data names other data")
+            out |= last
+        train[name] = [make(name, row) for i, row in enumerate(every) if i not in out]
+        if not train[name]:
+            raise ValueError(f"task {name!r} has too few rows ({len(every)}) to hold some out; give --eval-data")
+        kinds[name] = kind
+    if held and split == "test":
+        tests = {name: every for name, (_, every) in held.items()}
+    kinds.update({name: kind for name, (kind, _) in (held | general).items()})
+    tests.update({name: every[split == "test" :: 2] for name, (_, every) in general.items()})
+    if absent := [name for name in tests if shots and len(solved.get(name, ("", ()))[1]) < shots
+                  and FORMATS[kinds[name]][1] == "choice"]:
+        raise ValueError(f"--shots {shots}: --shot-data has fewer rows for task {absent[0]!r}")
+    tests = {name: [make(name, with_shots(row, solved[name][1][:shots]) if name in solved else row)
+                    for row in every[: limit or None]] for name, every in tests.items() if every}
+    most = max(map(len, train.values()), default=0)
+    if mix == "equal":
+        train = {name: [every[i % len(every)] for i in range(most)] for name, every in train.items()}
+    return Suite(list(train), [e for every in train.values() for e in every], tests,
+                 {name: "general" if name in general else "new" for name in tests},
+                 {name: kinds[name] for name in tests}, {name: FORMATS[kinds[name]][1] for name in tests})
 
 
 # ---------------------------------------------------------------------------------------------- the built-in suite
@@ -373,10 +767,11 @@ class Suite:
     tests: dict  # {task: [Example]}
     group: dict  # {task: "new" | "general"}
     aspect: dict  # {task: what kind of task it is}
+    score: dict  # {task: key of SCORES}
 
     @property
     def names(self):
-        return list(self.tests)
+        return list(dict.fromkeys([*self.tests, *self.trained]))
 
 
 def generate(name, split):
@@ -388,7 +783,7 @@ def generate(name, split):
         instruction, answer = make(rng, split)
         if split == "train" or instruction not in seen:
             seen.add(instruction)
-            out.append(Example(name, [(TEMPLATES["short"](instruction), False), (answer, True)]))
+            out.append(TEMPLATES["short"].example(name, Row([(instruction, answer)])))
     return out
 
 
@@ -407,42 +802,61 @@ def load_builtin(tasks="all", split="test", limit=0, replay=0.0):
         train += random.Random("replay").sample(old, round(len(train) * replay / (1 - replay)))
     scored = [t for t in TASKS if t in trained or t in GENERAL]
     return Suite(trained, train, {t: generate(t, split)[: limit or None] for t in scored},
-                 {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored})
+                 {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
+                 dict.fromkeys(scored, "exact"))
 
 
 # ---------------------------------------------------------------------------------------------- program
 
 
-def show(example, encoded, tokenizer):
+def show(encoded, tokenizer):
     """One example, token by token: tokens in brackets are trained on."""
     pieces = [repr(tokenizer.fast.decode([i], skip_special_tokens=False))[1:-1] for i in encoded.ids]
     return " ".join(f"[{piece}]" if label != -100 else piece for piece, label in zip(pieces, encoded.labels))
 
 
+def sizes(encoded):
+    """(mean and largest number of tokens, mean number of trained ones)"""
+    tokens = [len(e.ids) for e in encoded]
+    trained = sum(label != -100 for e in encoded for label in e.labels)
+    return f"{sum(tokens) / len(tokens):.1f}", max(tokens), f"{trained / len(tokens):.1f}"
+
+
 def main():
     import argparse
 
-    parser = argparse.ArgumentParser(description="What the data look like, and what is trained on.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="What the data look like, and what is trained on: of files, or of the "
+                                     "built-in suite.", allow_abbrev=False)
+    parser.add_argument("files", nargs="*", metavar="[NAME=]FILE", help="any file that train.py --data takes")
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
+    parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="count rows that their format does not take")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_pretrained(args.base)
-    names = list(TASKS)
-    line = "{:<12}{:<9}{:<13}{:>7}{:>7}{:>6}{:>8}{:>9}   {}".format
-    print(line("task", "group", "aspect", "train", "valid", "test", "tokens", "trained", "first training example"))
-    for name in names:
-        splits = {split: generate(name, split) for split in SPLITS}
-        sizes = [len(splits[split]) for split in SPLITS]
-        train = encode(splits["train"], tokenizer, names)
-        tokens = sum(len(e.ids) for e in train) / len(train)
-        trained = sum(label != -100 for e in train for label in e.labels) / len(train)
-        example = splits["train"][0]
-        question = example.segments[0][0].removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
-        print(line(name, "general" if name in GENERAL else "new", TASKS[name][0], *sizes, f"{tokens:.1f}",
-                   f"{trained:.1f}", f"{question} -> {example.segments[1][0]}"))
-    print("\nThe prompt template, token by token; [brackets] mark what is trained on:")
-    for name in (next(iter(NEW)), next(iter(GENERAL))):
-        example = generate(name, "train")[0]
-        print(f"  {name}: {show(example, encode([example], tokenizer, names)[0], tokenizer)}")
+    if args.files:
+        template, shown = TEMPLATES[args.template or tokenizer.template or "plain"], {}
+        tasks = read_files(args.files, args.skip_bad_rows)
+        line = "{:<24}{:<9}{:<9}{:>8}{:>9}{:>9}{:>9}".format
+        print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained"))
+        for name, (kind, rows) in tasks.items():
+            shown[name] = [template.example(name, row) for row in rows]
+            print(line(name, kind, FORMATS[kind][1], len(rows), *sizes(encode(shown[name], tokenizer, [name]))))
+        names = list(tasks)
+    else:
+        names = list(TASKS)
+        line = "{:<12}{:<9}{:<13}{:>7}{:>7}{:>6}{:>8}{:>9}{:>9}   {}".format
+        print(line("task", "group", "aspect", *SPLITS, "tokens", "longest", "trained", "first training example")
+              .replace("validation", "valid"))
+        for name in names:
+            splits = {split: generate(name, split) for split in SPLITS}
+            example = splits["train"][0]
+            question = example.segments[0][0].removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
+            print(line(name, "general" if name in GENERAL else "new", TASKS[name][0], *map(len, splits.values()),
+                       *sizes(encode(splits["train"], tokenizer, names)), f"{question} -> {example.segments[1][0]}"))
+        shown = {name: generate(name, "train") for name in (next(iter(NEW)), next(iter(GENERAL)))}
+    print("\nThe first example, token by token; [brackets] mark what is trained on:")
+    for name, examples in shown.items():
+        print(f"  {name}: {show(encode(examples[:1], tokenizer, names)[0], tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Source: Touvron et al., "LLaMA" (arXiv 2302.13971) and "Llama 2" (2307.09288); r
 
 import json
 import math
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -588,29 +589,98 @@ def command_line(main):
         sys.exit(130)
 
 
+def answer_all(tokenizer, template, file, out, complete, room, generator, batch=32):
+    """Answers the `instruction` of every record of a file; writes AlpacaEval's JSON, in the file's order.
+
+    complete(prompts) -> lists of new ids. Prompts of more than `room` tokens lose those behind their first one.
+    """
+    from data import read_records
+
+    records = []
+    for line, record, error in read_records(file):
+        if error or type(record) is not dict or not isinstance(record.get("instruction"), str):
+            raise ValueError(f"{file}:{line}: {error or 'no field instruction with text'}")
+        records.append(record)
+    prompts = [tokenizer.encode(template.opening(r["instruction"], r.get("input") or "")) for r in records]
+    if long := sum(len(p) > room for p in prompts):
+        print(f"{long} prompts are longer than {room} tokens: cut", file=sys.stderr)
+    prompts = [p[:1] + p[1:][-(room - 1) :] for p in prompts]
+    order, answers, start = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}, time.perf_counter()
+    for at in range(0, len(order), batch):
+        part = order[at : at + batch]
+        answers.update(zip(part, complete([prompts[i] for i in part])))
+        seconds = time.perf_counter() - start
+        print(f"{len(answers)}/{len(order)} answers, ETA {seconds / len(answers) * (len(order) - len(answers)):.0f} s",
+              file=sys.stderr)
+    write_json(out, [{"dataset": r.get("dataset", Path(file).stem), "instruction": r["instruction"],
+                      "output": tokenizer.decode(answers[i]).strip(), "generator": generator}
+                     for i, r in enumerate(records)])
+    print(f"{out}: {len(records)} answers")
+
+
+def save_merged(model, adapter, checkpoint, out):
+    """A plain checkpoint with the adapter folded in, in the base's dtype, tokenizer files beside it."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--save {out} holds something already: name a new folder")
+    if adapter:
+        adapter.merge()
+    with open_tensors(next(iter(tensor_files(checkpoint).values()))) as tensors:
+        dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    model.to(dtype).save_pretrained(out)
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        if (checkpoint / file).exists():
+            shutil.copy(checkpoint / file, out / file)
+    print(f"{out}: a plain checkpoint, {str(dtype).removeprefix('torch.')}")
+
+
 def main():
     import argparse
 
     from data import TEMPLATES, Tokenizer
 
-    parser = argparse.ArgumentParser(description="Load a checkpoint and complete a prompt.", allow_abbrev=False)
-    parser.add_argument("checkpoint", help="folder in Hugging Face layout, such as base")
-    parser.add_argument("prompt")
+    parser = argparse.ArgumentParser(description="Load a checkpoint; complete a prompt, answer a file of them, or save "
+                                     "it with an adapter merged in.", allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="folder in Hugging Face layout, such as base")
+    parser.add_argument("prompt", nargs="?")
+    parser.add_argument("--adapter", metavar="RUN_DIR", help="finished run of train.py on this checkpoint")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write a plain checkpoint that transformers reads")
+    parser.add_argument("--prompts", metavar="FILE", help="answer the instruction of each record, AlpacaEval's say")
+    parser.add_argument("--outputs", type=Path, default="model_outputs.json", help="where to (%(default)s)")
+    parser.add_argument("--generator", help="name of the answerer in there; default: run folder or checkpoint")
     parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if (args.prompt is not None) + bool(args.save) + bool(args.prompts) != 1:
+        raise ValueError('give one of "prompt", --prompts FILE and --save DIR')
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
 
-    model = Llama.from_pretrained(args.checkpoint, args.device)
+    adapter = None
+    if args.adapter:
+        from train import load_run
+
+        model, adapter, *_ = load_run(args.adapter, args.device, base=args.checkpoint)
+    else:
+        model = Llama.from_pretrained(args.checkpoint, args.device)
+    if args.save:
+        return save_merged(model, adapter, args.checkpoint, args.save)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    prompt = tokenizer.encode(TEMPLATES[args.template or tokenizer.template or "plain"](args.prompt))
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    template, source = TEMPLATES[args.template or tokenizer.template or "plain"], torch.Generator(args.device)
+    source.manual_seed(args.seed)
+    complete = lambda prompts: model.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
+    if args.prompts:
+        room = model.config.max_position_embeddings - args.max_new_tokens
+        if room < 2:
+            raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: this model has "
+                             f"{model.config.max_position_embeddings} positions")
+        return answer_all(tokenizer, template, args.prompts, args.outputs, complete, room,
+                          args.generator or str(args.adapter or args.checkpoint))
+    prompt = tokenizer.encode(template.opening(args.prompt))
     start = time.perf_counter()
-    new = model.generate([prompt], args.max_new_tokens, tokenizer.stop_ids, args.temperature, generator)[0]
+    new = complete([prompt])[0]
     seconds = time.perf_counter() - start
     print(tokenizer.decode(new))
     print(f"[{len(prompt)} prompt tokens, {len(new)} new tokens, {len(new) / seconds:.0f} tokens/s on {args.device}]")

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from model import LINEARS, Adapter, command_line, find_linears
+from model import LINEARS, Adapter, command_line, find_linears, write_json
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -178,14 +178,44 @@ def changes(run_dir):
     return moved, None
 
 
+@torch.no_grad()
+def export_peft(run_dir, out):
+    """Writes the update as a standard PEFT LoRA adapter of rank n r: A_i stacked, (alpha / r) s_i * B_i side by side, and
+    a scaling of one. Exact, since the n modules are one pair of matrix products anyway."""
+    from safetensors.torch import save_file
+    from train import load_run
+
+    model, adapter, _, saved = load_run(run_dir)
+    if not hasattr(adapter, "deltas"):
+        raise ValueError(f"{run_dir}: only MultiLoRA and LoRA are a LoRA adapter, and {saved['method']!r} is not")
+    if out.exists():
+        raise ValueError(f"--export-peft {out} is there already: name a new folder")
+    tensors = {}
+    for name, linear in adapter.linears.items():
+        down, up = linear.multilora.factors()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+    rank = len(down)
+    out.mkdir(parents=True)
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    write_json(out / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": saved["settings"]["base"], "r": rank,
+        "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "target_modules": sorted({name.rsplit(".", 1)[1] for name in adapter.linears})})
+    print(f"{out}: a PEFT LoRA adapter of rank {rank} for {len(adapter.linears)} layers")
+
+
 def main():
     import argparse
 
-    parser = argparse.ArgumentParser(description="Singular values of a run's learned update ΔW.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Singular values of a run's learned update ΔW; export.", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="run folder, such as out/multilora")
     parser.add_argument("--against", type=Path, help="another run on the same base, such as full fine-tuning's")
     parser.add_argument("--rank", type=int, help="singular values to keep (default: the run's total rank)")
+    parser.add_argument("--export-peft", type=Path, metavar="DIR", help="write it as a PEFT LoRA adapter instead")
     args = parser.parse_args()
+    if args.export_peft:
+        return export_peft(args.run_dir, args.export_peft)
     deltas, rank = changes(args.run_dir)
     rank = args.rank or rank or 12
     others = changes(args.against)[0] if args.against else {}

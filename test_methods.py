@@ -4,6 +4,7 @@ naive loop in float64, transformers and peft where they are installed, and the c
 Read in this order: helpers, the model, the data, every method, MultiLoRA, CS-ReFT, CoFiTune, the command line.
 """
 
+import csv
 import json
 import math
 import re
@@ -28,6 +29,9 @@ from model import Adapter, Context, Llama, LlamaConfig, find_linears, parse_laye
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"
+REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
+TINY = REAL / "tinystories-656k"
 SOURCES = ("csreft.py", "multilora.py", "cofitune.py", "model.py", "data.py", "train.py")
 
 
@@ -318,10 +322,248 @@ def test_exact_match_equals_greedy_decoding():
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     examples = [e for name in ("capital", "add", "count", "cipher") for e in data.generate(name, "test")[:25]]
     encoded = data.encode(examples, tokenizer, list(data.TASKS))
-    found = data.hits(model, encoded, tokenizer.pad_id, lambda batch: None, batch_size=16)
+    found = [hit for *_, hit in data.answer_scores(model, encoded, tokenizer.pad_id, lambda batch: None, 16)]
     wanted = [greedy_without_cache(model, e.ids[: e.prompt], len(e.ids) - e.prompt + 3, tokenizer.stop_ids)
               == e.ids[e.prompt : -1] for e in encoded]
     assert found == wanted and 0 < sum(found) < len(found)
+
+
+# ---------------------------------------------------------------------------------------------- files and formats
+
+
+def written(path, records, form="lines"):
+    """A file of records as a JSON array, as JSON lines, or as CSV with or without a header."""
+    if form.startswith("csv"):
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f)
+            writer.writerows(([list(records[0])] if form == "csv" else []) + [list(r.values()) for r in records])
+    else:
+        path.write_text(json.dumps(records, indent=1) if form == "array" else "\n".join(map(json.dumps, records)))
+    return path
+
+
+QUIZ = {"question": "2 + 2?", "A": "3", "B": "4", "C": "5, or 6", "D": "7"}
+NUMBERED = {"question": "2 + 2?", "choice0": "3", "choice1": "4", "choice2": "5, or 6", "choice3": "7"}
+PASSAGE = {"passage": "Ice floats.", "question": "does ice float"}
+CLAIM = {"premise": "It rains.", "hypothesis": "It is wet."}
+WORD = {"word": "bank", "sentence1": "A river bank.", "sentence2": "A bank of fog."}
+COPA = {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "cause", "label": 0}
+
+
+@pytest.mark.parametrize("form, records, kind, prompt, answers, choices", [
+    ("array", [{"instruction": "Add.", "input": "1 2", "output": "3"}], "alpaca", "Add.\n\n1 2", ["3"], None),
+    ("lines", [{"instruction": "Hi", "output": ""}], "alpaca", "Hi", [""], None),
+    ("csv", [{"instruction": "Say\nhi", "output": "hi, \"you\""}], "alpaca", "Say\nhi", ['hi, "you"'], None),
+    ("lines", [{"prompt": "Q", "completion": "A"}], "pair", "Q", ["A"], None),
+    ("csv", [{"question": "Q", "response": "A"}], "pair", "Q", ["A"], None),
+    ("array", [{"question": "Q", "answer": "A"}], "pair", "Q", ["A"], None),
+    ("array", [{"prompt": "Q", "output": "A"}], "pair", "Q", ["A"], None),
+    ("lines", [{"question": "Q", "answer": "so\n#### 7"}], "gsm8k", "Q", ["so\n#### 7"], None),
+    ("lines", [{"messages": [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A"),
+                                                                     ("user", "R"), ("assistant", "B"))]}],
+     "chat", "S\n\nQ", ["A", "B"], None),
+    ("lines", [{**PASSAGE, "label": True}], "boolq", "Ice floats.\nQuestion: does ice float?\nAnswer:", ["yes"],
+     ["yes", "no"]),
+    ("lines", [{**CLAIM, "label": "not_entailment"}], "rte",
+     "It rains.\nQuestion: It is wet. True or False?\nAnswer:", ["False"], ["True", "False"]),
+    ("lines", [{**CLAIM, "label": "entailment"}, {**CLAIM, "label": "neutral"}], "cb",
+     "It rains.\nQuestion: It is wet. True, False or Neither?\nAnswer:", ["True"], ["True", "False", "Neither"]),
+    ("lines", [{**WORD, "label": False}], "wic", "A river bank.\nA bank of fog.\nQuestion: Is the word 'bank' used in "
+     "the same sense in both sentences?\nAnswer:", ["no"], ["yes", "no"]),
+    ("lines", [COPA], "copa", "He fell because", ["he slipped."], ["he slipped.", "he sang."]),
+    *((form, [{**fields, "answer": answer}], "mmlu", "2 + 2?\nA. 3\nB. 4\nC. 5, or 6\nD. 7\nAnswer:", ["B"], list("ABCD"))
+      for form in ("csv", "csv without header") for fields in (QUIZ, NUMBERED) for answer in "B1"),
+    ("lines", [{"text": "Once upon a time."}], "text", None, ["Once upon a time."], None),
+])
+def test_every_format_is_recognised_and_read(tmp_path, form, records, kind, prompt, answers, choices):
+    file = written(tmp_path / "some.data", records, form)
+    name, (found, rows) = next(iter(data.read_files([str(file)]).items()))
+    assert (name, found, len(rows)) == ("some", kind, len(records))
+    example = data.TEMPLATES["plain"].example(name, rows[0])
+    space = "" if kind == "text" else " "
+    assert [text for text, trained in example.segments if trained] == [space + a for a in answers]
+    assert example.segments[0] == ((prompt, False) if prompt else (answers[0], True))
+    assert example.choices == (choices and [space + c for c in choices])
+
+
+def test_prompt_templates_are_the_published_ones():
+    alpaca, llama2, llama3 = (data.TEMPLATES[name] for name in ("alpaca", "llama2", "llama3"))
+    assert alpaca.opening("Add.", "1 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+        "### Response:\n")
+    assert alpaca.opening("Say {x}.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay {x}.\n\n### Response:\n")
+    row = data.Row([("Q", "A"), ("R", "B")], system="S")
+    assert "".join(text for text, _ in llama2.example("t", row).segments) == (
+        "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A <s>[INST] R [/INST] B ")
+    assert llama3.opening("Q") == ("<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+                                   "<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+@pytest.mark.parametrize("content, line, message", [
+    ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion":\n', 2, "not valid JSON"),
+    ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "", "completion": "b"}\n', 3, "'prompt' is ''"),
+    ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', 2, "no field 'completion' or"),
+    ('[{"prompt": "a", "completion": "b"},\n {"prompt": "c",\n  "completion": 3}]', 2, "'completion' is 3"),
+    ('[{"prompt": "a", "completion": "b"},\n 7]', 2, "no object"),
+    ('prompt,answer\na,b\n"c\nd"\n', 4, "1 columns, expected 2"),
+    (json.dumps({**PASSAGE, "label": True}) + "\n" + json.dumps(PASSAGE), 2, "'label' is None, expected one of True"),
+    (json.dumps({"question": "q", "answer": "#### 1"}) + "\n" + json.dumps({"question": "q", "answer": "one"}), 2,
+     "no final '#### number'"),
+])
+def test_a_bad_row_is_named_by_file_and_line_or_counted(tmp_path, capsys, content, line, message):
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    with pytest.raises(ValueError) as error:
+        data.read_files([str(file)])
+    assert str(error.value).startswith(f"{file}:{line}: ") and message in str(error.value)
+    rows = data.read_files([str(file)], skip_bad=True)["rows"][1]
+    assert len(rows) == 1 and "1 bad rows skipped" in capsys.readouterr().out
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path):
+    """By a second reading of the file: row i holds the number i."""
+    big = written(tmp_path / "big.jsonl", [{"prompt": f"q{i}", "completion": str(i)} for i in range(100)])
+    small = written(tmp_path / "small.jsonl", [{"prompt": f"q{i}", "completion": str(i)} for i in range(30)])
+    other = written(tmp_path / "other.jsonl", [{"prompt": f"o{i}", "completion": str(i)} for i in range(9)])
+    numbers = lambda examples, task: [int(e.segments[1][0]) for e in examples if e.task == task]
+    suite = data.load_files([str(big), f"tiny={small}"], general_files=[str(other)])
+    assert numbers(suite.tests["big"], "big") == [19, 39, 59, 79, 99] and numbers(suite.tests["tiny"], "tiny") == [19]
+    assert numbers(suite.train, "big") == [i for i in range(100) if i % 20 != 19]
+    assert numbers(suite.tests["other"], "other") == [1, 3, 5, 7] and suite.group == {
+        "big": "new", "tiny": "new", "other": "general"}
+    choosing = data.load_files([str(big), f"tiny={small}"], general_files=[str(other)], split="validation")
+    assert numbers(choosing.tests["big"], "big") == [9, 29, 49, 69, 89]
+    assert numbers(choosing.train, "big") == [i for i in range(100) if i % 20 not in (9, 19)]
+    assert numbers(choosing.tests["other"], "other") == [0, 2, 4, 6, 8]
+    apart = data.load_files([str(big)], [str(other)])
+    assert len(apart.train) == 100 and numbers(apart.tests["other"], "other") == list(range(9))
+    equal = data.load_files([str(big), str(small)], mix="equal")
+    assert len(numbers(equal.train, "big")) == len(numbers(equal.train, "small")) == 95
+    assert set(numbers(equal.train, "small")) == {i for i in range(30) if i != 19}
+
+
+def test_long_examples_are_cut_to_fit_or_dropped_and_counted():
+    make = lambda prompt, answer: data.Encoded([1] + [5] * (prompt - 1) + [7] * answer, [-100] * prompt + [7] * answer,
+                                               prompt, 0, gold="x")
+    lengths = [(5, 3), (30, 3), (4, 30), (30, 30)]
+    kept, count = data.fit([make(*n) for n in lengths], 20, "cut")
+    assert count == 3 and [(e.prompt, len(e.ids)) for e in kept] == [(5, 8), (17, 20), (4, 20), (10, 20)]
+    for e in kept:
+        assert e.ids[0] == 1 and e.labels == [-100] * e.prompt + [7] * (len(e.ids) - e.prompt)
+    kept, count = data.fit([make(*n) for n in lengths], 20, "drop")
+    assert count == 3 and [len(e.ids) for e in kept] == [8]
+
+
+def test_the_final_number_follows_the_reference_rule():
+    """Against the rule spelled out by hand: after the first "#### " that a number can follow, as far as it goes."""
+    def by_hand(text):
+        for start in range(len(text)):
+            if text.startswith("#### ", start):
+                rest = text[start + 5 :]
+                sign, rest = ("-", rest[1:]) if rest[:1] == "-" else ("", rest)
+                digits = rest[: len(rest) - len(rest.lstrip("0123456789.,"))]
+                if digits:
+                    return (sign + digits).replace(",", "")
+        return None
+
+    known = {"#### 18": "18", "so 3\n#### 1,234,567": "1234567", "#### -5": "-5", "#### 2.50": "2.50", "#### $18": None,
+             "####18": None, "#### 7 #### 8": "7", "#### x\n#### 9": "9", "18": None, "": None, "#### 3.": "3.",
+             "#### - 4": None, "#### 1/2": "1", "##### 6": "6", "#### -": None}
+    for text, number in known.items():
+        assert data.final_number(text) == by_hand(text) == number, text
+    if REAL.is_dir():
+        answers = [json.loads(line)["answer"] for line in (REAL / "gsm8k" / "test.jsonl").read_text().splitlines()]
+        assert len(answers) == 1319 and all(data.final_number(a) == by_hand(a) != None for a in answers)  # noqa: E711
+        assert all(float(data.final_number(a)) == float(a.split("####")[1].replace(",", "")) for a in answers)
+
+
+@needs_real
+def test_every_real_file_is_recognised_with_all_its_rows():
+    wanted = {}
+    for path in sorted(REAL.glob("*/**/*")):
+        if path.suffix == ".json" and path.parent.name in ("alpaca", "alpaca_eval"):
+            wanted[path] = "alpaca", len(json.loads(path.read_text()))
+        elif path.suffix == ".jsonl":
+            folder = path.parent.name.lower()
+            wanted[path] = folder, sum(bool(line.strip()) for line in path.read_text().split("\n"))
+        elif path.suffix == ".csv":
+            with open(path, newline="") as f:
+                wanted[path] = "mmlu", sum(1 for _ in csv.DictReader(f))
+    assert len(wanted) == 22 and {kind for kind, _ in wanted.values()} == {
+        "alpaca", "gsm8k", "boolq", "rte", "wic", "cb", "mmlu"}
+    text = cli("data.py", "--base", TINY, *wanted).stdout
+    for path, (kind, rows) in wanted.items():
+        assert f"{rows:,} records of format {kind} in {path}, scored by" in text
+    names = {data.task_name(path) for path in wanted}
+    assert names == {"BoolQ", "RTE", "WiC", "CB", "gsm8k", "alpaca_en_demo", "gpt3_alpaca", "college_physics",
+                     "elementary_mathematics", "global_facts", "international_law", "us_foreign_policy"}
+
+
+def test_choices_are_scored_as_a_naive_loop_with_transformers_does(tmp_path):
+    """Each choice on its own, no batch, no padding: log-probabilities summed, and divided by the choice's bytes."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    quiz = [{"question": f"What is {a} + {b}?", "A": str(a + b), "B": "one hundred", "C": str(b), "D": "ä",
+             "answer": "ABCD"[(a + b) % 4]} for a, b in zip(range(10, 40), range(31, 61))]
+    copa = [{**COPA, "premise": f"Job {i}.", "choice1": "Zq", "choice2": "the job of " * i, "label": i % 3 == 1}
+            for i in range(1, 20)]
+    files = [written(tmp_path / "quiz.csv", quiz, "csv"), written(tmp_path / "copa.jsonl", copa)]
+    for name, (kind, rows) in data.read_files(map(str, files)).items():
+        rows = [data.with_shots(row, rows[:2]) for row in rows] if kind == "mmlu" else rows
+        examples = [data.TEMPLATES["short"].example(name, row) for row in rows]
+        raw = by_byte = 0
+        for e in examples:
+            (prompt, _), (answer, _) = e.segments
+            sums = []
+            for choice in e.choices:
+                before, ids = tokenizer.encode(prompt), tokenizer.encode(choice, start=False)
+                with torch.no_grad():
+                    chances = theirs(torch.tensor([before + ids])).logits[0].log_softmax(-1)
+                sums.append(sum(chances[len(before) + i - 1, t].item() for i, t in enumerate(ids)))
+            rates = [s / len(c.strip().encode()) for s, c in zip(sums, e.choices)]
+            raw += e.choices[sums.index(max(sums))] == answer
+            by_byte += e.choices[rates.index(max(rates))] == answer
+        got = data.choice(model, data.encode(examples, tokenizer, [name]), tokenizer, lambda batch: None, 0)
+        assert list(got.values()) == pytest.approx([100 * raw / len(rows), 100 * by_byte / len(rows)])
+        assert kind == "mmlu" or got["choice"] != got["choice, by byte"], "both alike: the test shows nothing"
+
+
+def test_loss_is_that_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    file = written(tmp_path / "a.json", [{"text": "abc " * n} for n in (1, 5, 9)], "array")
+    rows = data.read_files([str(file)])["a"][1]
+    encoded = data.encode([data.TEMPLATES["plain"].example("a", row) for row in rows], tokenizer, ["a"])
+    total = count = 0
+    for e in encoded:
+        ids = torch.tensor([e.ids])
+        with torch.no_grad():
+            total += theirs(ids, labels=ids).loss.item() * (len(e.ids) - 1)
+        count += len(e.ids) - 1
+    got = data.loss(model, encoded, tokenizer, lambda batch: None, 0)
+    assert got["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_generated_answers_to_gsm8k_are_read_and_compared():
+    """A model that says one thing whatever it is asked: right where that is the answer."""
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+
+    class Parrot:
+        config, device = LlamaConfig.from_dict(json.loads((BASE / "config.json").read_text())), "cpu"
+
+        def generate(self, prompts, new, stop, tasks):
+            assert all(p[0] == tokenizer.bos_id for p in prompts) and stop == tokenizer.stop_ids and new == 64
+            return [tokenizer.encode("so\n#### 1,200\n#### 5", start=False) for _ in prompts]
+
+    rows = [data.Row([("q" * n, f"#### {a}")]) for n, a in ((9, "1200"), (3, "5"), (5, "1,200"), (1, "12"))]
+    encoded = data.encode([data.TEMPLATES["plain"].example("g", row) for row in rows], tokenizer, ["g"])
+    assert data.gsm8k_answers(Parrot(), encoded, tokenizer, None, 64, batch_size=3) == {"final answer": 50.0}
 
 
 # ---------------------------------------------------------------------------------------------- every method
@@ -1003,6 +1245,111 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones(runs):
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     names = list(data.TASKS)
     tests = {t: data.encode(data.generate(t, "test")[:50], tokenizer, names) for t in names}
-    scores = train.evaluate(model, tests, tokenizer.pad_id)
-    assert train.mean([scores[t] for t in data.GENERAL]) >= 97
-    assert train.mean([scores[t] for t in data.NEW]) < 10
+    scores = train.evaluate(model, tests, tokenizer, dict.fromkeys(names, "exact"))
+    assert train.mean([scores[t]["exact match"] for t in data.GENERAL]) >= 97
+    assert train.mean([scores[t]["exact match"] for t in data.NEW]) < 10
+
+
+# ---------------------------------------------------------------------------------------------- real checkpoints and data
+
+
+@needs_real
+@pytest.mark.parametrize("method, args", [("multilora", []), ("csreft", []), ("cofitune", ["--layers", "all"])])
+def test_every_method_learns_real_instructions_on_a_real_checkpoint(runs, tmp_path, method, args):
+    """The held-out loss falls, the saved run scores the same again, and what is exported has the same logits."""
+    out = runs("--method", method, *args, "--base", TINY, "--data", REAL / "alpaca" / "alpaca_en_demo.json", "--template",
+               "alpaca", "--steps", "30", "--batch-size", "8", "--lr", "2e-3", "--eval-limit", "20")
+    results = json.loads((out / "results.json").read_text())
+    row = results["tasks"]["alpaca_en_demo"]
+    assert row["after"] < row["before"] - 0.1 and results["speciality"] is None
+    assert row["figures"]["perplexity"][1] == pytest.approx(math.exp(row["after"]))
+    again = tmp_path / "again"
+    cli("train.py", "--eval-only", "--adapter", out, "--data", REAL / "alpaca" / "alpaca_en_demo.json", "--template",
+        "alpaca", "--eval-limit", "20", "--out", again)
+    assert json.loads((again / "results.json").read_text())["tasks"]["alpaca_en_demo"]["after"] == row["after"]
+
+    if method == "csreft":
+        assert "cannot be merged" in one_line_error("model.py", TINY, "--adapter", out, "--save", tmp_path / "merged")
+        assert "only MultiLoRA and LoRA" in one_line_error("multilora.py", out, "--export-peft", tmp_path / "peft")
+        return
+    cli("model.py", TINY, "--adapter", out, "--save", tmp_path / "merged")
+    assert "holds something" in one_line_error("model.py", TINY, "--adapter", out, "--save", tmp_path / "merged")
+    transformers = pytest.importorskip("transformers")
+    model = train.load_run(out)[0]
+    ids = random_ids(model, 2, 40)
+    with torch.no_grad():
+        wanted, plain = model(ids), Llama.from_pretrained(TINY)(ids)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+        torch.testing.assert_close(theirs(ids).logits, wanted, atol=1e-4, rtol=0)
+    assert (wanted - plain).abs().max() > 1e-2
+    ours = data.Tokenizer.from_pretrained(TINY).encode("Once upon a time")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")("Once upon a time").input_ids == ours
+
+
+@pytest.mark.parametrize("method", ["multilora", "lora"])
+def test_an_exported_peft_adapter_has_the_same_logits(runs, tmp_path, method):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    out = runs("--method", method, *QUICK)
+    cli("multilora.py", out, "--export-peft", tmp_path / "peft")
+    assert "is there already" in one_line_error("multilora.py", out, "--export-peft", tmp_path / "peft")
+    model = train.load_run(out)[0]
+    ids = random_ids(model, 2, 20)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=0)
+        assert (model(ids) - Llama.from_pretrained(BASE)(ids)).abs().max() > 1e-3
+    assert theirs.peft_config["default"].r == 12
+
+
+@needs_real
+def test_a_mixture_of_real_tasks_trains_and_is_scored(runs):
+    out = runs("--method", "multilora", "--base", TINY, "--data", *(REAL / "superglue" / name / "val.jsonl" for name in (
+        "BoolQ", "RTE")), REAL / "gsm8k" / "train-first-3000.jsonl", "--mix", "equal", "--steps", "4", "--batch-size", "8",
+        "--eval-limit", "8", "--max-new-tokens", "48")
+    results = json.loads((out / "results.json").read_text())
+    assert {task: (row["score"], list(row["figures"])) for task, row in results["tasks"].items()} == {
+        "BoolQ": ("choice", ["choice", "choice, by byte"]), "RTE": ("choice", ["choice", "choice, by byte"]),
+        "gsm8k": ("gsm8k", ["final answer"])}
+    assert results["speciality"] == pytest.approx(sum(row["after"] for row in results["tasks"].values()) / 3)
+
+
+@needs_real
+def test_model_outputs_are_alpaca_evals(tmp_path):
+    source = REAL / "alpaca_eval" / "gpt3_alpaca.json"
+    cli("model.py", TINY, "--prompts", source, "--template", "alpaca", "--max-new-tokens", "6", "--generator", "tiny",
+        "--outputs", tmp_path / "model_outputs.json")
+    outputs, wanted = (json.loads(f.read_text()) for f in (tmp_path / "model_outputs.json", source))
+    assert [(o["dataset"], o["instruction"]) for o in outputs] == [(w["dataset"], w["instruction"]) for w in wanted]
+    assert len(outputs) == 805 and {tuple(o) for o in outputs} == {("dataset", "instruction", "output", "generator")}
+    assert {o["generator"] for o in outputs} == {"tiny"} and len({o["output"] for o in outputs}) > 100
+    tokenizer, model = data.Tokenizer.from_pretrained(TINY), Llama.from_pretrained(TINY)
+    prompt = tokenizer.encode(data.TEMPLATES["alpaca"].opening(wanted[3]["instruction"]))
+    assert outputs[3]["output"] == tokenizer.decode(model.generate([prompt], 6, tokenizer.stop_ids)[0]).strip()
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--data", "none.json"], ["none.json", "cannot be read"]),
+    (["--data", "odd.json"], ["odd.json", "the fields colour match no format", "alpaca", "mmlu"]),
+    (["--data", "empty.json"], ["empty.json holds no records"]),
+    (["--data", "pairs.json", "builtin"], ["builtin or files"]),
+    (["--data", "pairs.json", "--tasks", "currency"], ["--tasks"]),
+    (["--data", "pairs.json", "--replay", "0.1"], ["--replay"]),
+    (["--eval-data", "pairs.json"], ["--eval-data"]),
+    (["--data", "pairs.json", "pairs=boolq.json"], ["two files of task 'pairs'", "NAME=FILE"]),
+    (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
+    (["--data", "boolq.json", "--shots", "3"], ["--shots 3", "'boolq'"]),
+    (["--data", "pairs.json", "--max-length", "3", "--too-long", "drop"], ["longer than --max-length 3"]),
+    (["--data", "pairs.json", "--template", "chatty"], ["chatty", "alpaca", "llama3"]),
+    (["--data", "pairs.json", "--method", "cofitune"], ["--general-data", "--layers 25%-50%"]),
+    (["--data", "pairs.json", "--adapter", "x"], ["--eval-only"]),
+])
+def test_a_mistake_about_data_is_one_clear_line(tmp_path, args, names):
+    written(tmp_path / "pairs.json", [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(40)])
+    written(tmp_path / "boolq.json", [{**PASSAGE, "label": True}] * 40)
+    written(tmp_path / "odd.json", [{"colour": "red"}])
+    (tmp_path / "empty.json").write_text("[]")
+    method = [] if "--method" in args else ["--method", "multilora"]
+    message = one_line_error(HERE / "train.py", *method, *args, "--base", BASE, "--steps", "1", cwd=tmp_path)
+    assert all(name in message for name in names), message
+    assert not (tmp_path / "out").exists(), "a refused run must leave nothing behind"

@@ -17,7 +17,7 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -32,6 +32,7 @@ import data
 from model import Adapter, Context, Llama, LlamaConfig, command_line, count_parameters, read_json, write_json
 
 HERE = Path(__file__).resolve().parent
+TEMPLATES = ("auto", *data.TEMPLATES)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -45,8 +46,20 @@ class Config:
     method: Annotated[str | None, "fine-tuning method"] = None
     pretrain: Annotated[bool, "make a base model from nothing instead, on the general tasks"] = False
     base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
-    data: Annotated[Literal["builtin"], "what to learn: the built-in suite"] = "builtin"
-    tasks: Annotated[str, "new tasks to learn, separated by commas"] = "all"
+    data: Annotated[list[str], "what to learn: builtin, or files as [NAME=]FILE, each a task"] = field(
+        default_factory=lambda: ["builtin"])
+    eval_data: Annotated[list[str], "files to score on; default: every 20th row of --data"] = field(default_factory=list)
+    general_data: Annotated[list[str], "files of what the base can do already, only scored"] = field(default_factory=list)
+    shot_data: Annotated[list[str], "files of solved examples, matched to tasks by name"] = field(default_factory=list)
+    shots: Annotated[int, "solved examples in front of each scored question"] = 0
+    mix: Annotated[Literal["proportional", "equal"], "how much of each task is seen: as it has rows, or alike"] = \
+        "proportional"
+    template: Annotated[Literal[TEMPLATES], "prompt template; auto: the base's own, else plain"] = "auto"
+    max_length: Annotated[int, "tokens of an example, at most; the model's own limit where that is smaller"] = 512
+    too_long: Annotated[Literal["cut", "drop"], "what happens to longer ones; they are counted"] = "cut"
+    skip_bad_rows: Annotated[bool, "leave out and count rows that their format does not take"] = False
+    max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)"] = 256
+    tasks: Annotated[str, "built-in new tasks to learn, separated by commas"] = "all"
     steps: Annotated[int, "optimiser steps"] = 600
     batch_size: Annotated[int, "examples in a micro-batch"] = 48
     grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch"] = 1
@@ -63,18 +76,38 @@ class Config:
     eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
     eval_limit: Annotated[int, "examples of each task to score, 0 for all"] = 0
     log_every: Annotated[int, "steps between two lines of metrics.jsonl"] = 10
+    grad_checkpointing: Annotated[bool, "keep only the layers' inputs for the backward pass: less memory, slower"] = False
+    eval_only: Annotated[bool, "score a base, or a run with --adapter, and train nothing"] = False
+    adapter: Annotated[str | None, "finished run folder to score with --eval-only"] = None
     out: Annotated[str | None, "run folder; default out/METHOD"] = None
     overwrite: Annotated[bool, "replace the run that is already in the folder"] = False
 
     def __post_init__(self):
-        at_least(self, 1, "steps", "batch_size", "grad_accum", "log_every")
-        at_least(self, 0, "weight_decay", "clip", "eval_limit", "seed")
+        at_least(self, 1, "steps", "batch_size", "grad_accum", "log_every", "max_new_tokens")
+        at_least(self, 0, "weight_decay", "clip", "eval_limit", "seed", "shots")
+        at_least(self, 2, "max_length")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr is {self.lr}, expected a positive number")
         if not 0 <= self.replay < 1:
             raise ValueError(f"--replay is {self.replay}, expected a share from 0 to below 1")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"--warmup is {self.warmup}, expected a share of the steps from 0 to below 1")
+        if self.adapter and not self.eval_only:
+            raise ValueError("--adapter names a run to score: give --eval-only as well")
+        if not self.builtin:
+            if "builtin" in self.data and self.data != ["builtin"]:
+                raise ValueError("--data takes builtin or files, not both")
+            if self.tasks != "all" or self.replay:
+                raise ValueError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
+                                 "name in --data what to learn")
+        elif wrong := next((flag for flag in ("eval_data", "general_data", "shot_data", "shots") if getattr(self, flag)
+                            and not (self.eval_only and flag != "general_data")), None):
+            raise ValueError(f"--{wrong.replace('_', '-')} goes with files in --data, not with the built-in suite")
+
+    @property
+    def builtin(self):
+        """Whether the data are the built-in suite's."""
+        return self.data == ["builtin"] and not (self.eval_only and self.eval_data)
 
 
 def at_least(config, low, *names):
@@ -116,6 +149,8 @@ def add_flags(group, defaults, skip=()):
         options = {"default": getattr(defaults, f.name), "help": text.replace("%", "%%") + " (%(default)s)"}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is list:
+            options.update(nargs="+", metavar="FILE")
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:
@@ -152,8 +187,8 @@ def parse(argv, methods):
                      + f" valid: {' '.join(flags)}")
     values = vars(args)
     config = Config(**{key: values[key] for key in common})
-    if config.pretrain == (name is not None):
-        parser.error(f"give one of --pretrain and --method NAME; methods: {', '.join(methods)}")
+    if config.pretrain + config.eval_only + (name is not None) != 1:
+        parser.error(f"give one of --method NAME, --eval-only and --pretrain; methods: {', '.join(methods)}")
     return config, name and replace(defaults, **{f.name: values[f.name] for f in fields(defaults)})
 
 
@@ -181,12 +216,13 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def evaluate(model, tests, pad):
-    """{task: accuracy in percent} for {task: encoded examples}."""
+def evaluate(model, tests, tokenizer, kinds, new_tokens=256):
+    """{task: {name of a figure: its value}}, the main one first, for {task: encoded examples} and {task: how scored}."""
     model.eval()
     context = lambda batch: Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
     with autocast(model):
-        return {task: 100 * mean(data.hits(model, examples, pad, context)) for task, examples in tests.items()}
+        return {task: data.SCORES[kinds[task]](model, examples, tokenizer, context, new_tokens)
+                for task, examples in tests.items()}
 
 
 def mean(values):
@@ -289,6 +325,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     tokenizer: data.Tokenizer
+    longest: int  # tokens of an example
     out: Path
     asked: dict  # what identifies the run: base, method and all settings
 
@@ -296,20 +333,27 @@ class Job:
         """(model, adapter) from a new copy of the base. The seed is set here, so that each start is the same."""
         torch.manual_seed(self.config.seed)
         model = Llama.from_pretrained(self.config.base, self.device, self.dtype)
+        model.model.checkpointing = self.config.grad_checkpointing
         return model, start_adapter(model, self.method, method_config)
+
+
+def check_base(base):
+    if not Path(base).is_dir():
+        raise ValueError(f"--base {base}: no such folder; expected a checkpoint in Hugging Face layout")
 
 
 def open_job(config, name, method_config):
     """Raises ValueError for a device or a base that is not there, and for a folder that holds another run."""
     device, dtype = place(config)
-    if not Path(config.base).is_dir():
-        raise ValueError(f"--base {config.base}: no such folder; expected a checkpoint in Hugging Face layout")
+    check_base(config.base)
+    longest = longest_of(config, LlamaConfig.from_dict(read_json(Path(config.base) / "config.json"), config.base))
     tokenizer = data.Tokenizer.from_pretrained(config.base)
     out = Path(config.out or f"out/{name}")
     asked = {"method": name, "settings": asdict(replace(config, overwrite=False)),
              "method_settings": asdict(method_config), "base_sha256": checksum(Path(config.base))}
     check_folder(out, config.overwrite, asked)
-    return Job(config, name, method_config, find_methods()[name][0], device, dtype, tokenizer, out, asked)
+    return Job(config, name, method_config, find_methods()[name][0], device, dtype, tokenizer, longest, out,
+               asked)
 
 
 def settle(job):
@@ -323,13 +367,14 @@ def settle(job):
 def run(config, name, method_config, argv=()):
     """One whole run of a method; returns what results.json holds."""
     job = open_job(config, name, method_config)
-    suite = load_suite(config, config.eval_split, config.eval_limit)
+    suite = load_suite(config, config.eval_split, config.eval_limit, job.tokenizer)
+    encoded = encode_suite(suite, job.tokenizer, config, job.longest)
     method_config = settle(job)
     model, adapter = job.start(method_config)  # every mistake has shown by now, and nothing old is deleted before
     clear_folder(job.out)
     write_json(job.out / "config.json", {
         **job.asked, "method_settings": asdict(method_config), "tasks": suite.names, **provenance(argv)})
-    results = learn(config, name, model, adapter, suite, job.tokenizer, job.out)
+    results = learn(config, name, model, adapter, suite, encoded, job.tokenizer, job.out)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
     save_file(tensors, job.out / "adapter.safetensors", {"format": "pt"})
     write_json(job.out / "results.json", results)
@@ -351,11 +396,15 @@ class Trials:
     @cached_property
     def suite(self):
         limit = min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES)
-        return load_suite(self.job.config, "validation", limit)
+        suite = load_suite(self.job.config, "validation", limit, self.job.tokenizer)
+        if {suite.group[t] for t in suite.tests if suite.score[t] != "loss"} != {"new", "general"}:
+            raise ValueError("a search needs new and general tasks that are scored in percent: give --general-data, or "
+                             "make its choice yourself (CoFiTune: --layers 25%-50%)")
+        return suite
 
     @cached_property
     def encoded(self):
-        return encode_suite(self.suite, self.job.tokenizer)
+        return encode_suite(self.suite, self.job.tokenizer, self.job.config, self.job.longest)
 
     def __call__(self, method_config, steps):
         key = {"settings": asdict(method_config), "steps": steps}
@@ -371,11 +420,11 @@ class Trials:
         return found["speciality"], found["versatility"]
 
     def fine_tune(self, method_config, steps):
-        """{task: accuracy} after `steps` steps."""
+        """{task: figures} after `steps` steps."""
         examples, tests = self.encoded
         model, adapter = self.job.start(method_config)
         train(model, adapter, examples, replace(self.job.config, steps=steps), self.job.tokenizer.pad_id)
-        return evaluate(model, tests, self.job.tokenizer.pad_id)
+        return evaluate(model, tests, self.job.tokenizer, self.suite.score, self.job.config.max_new_tokens)
 
     def estimate(self, method_config, steps):
         """Seconds that a trial will take, from the trials so far or from a few steps."""
@@ -390,45 +439,97 @@ class Trials:
         return seconds[0] + max(0.0, seconds[1] - seconds[0]) / 10 * (steps - 1)
 
 
-def load_suite(config, split, limit):
-    return data.load_builtin(config.tasks, split, limit, config.replay)
+def load_suite(config, split, limit, tokenizer):
+    if config.builtin:
+        return data.load_builtin(config.tasks, split, limit, config.replay)
+    template = tokenizer.template or "plain" if config.template == "auto" else config.template
+    files = [file for file in config.data if file != "builtin"]
+    return data.load_files(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
+                           template, config.mix, config.skip_bad_rows)
 
 
-def encode_suite(suite, tokenizer):
-    """(training examples, {task: test examples}) as tokens."""
-    return (data.encode(suite.train, tokenizer, suite.names),
-            {task: data.encode(examples, tokenizer, suite.names) for task, examples in suite.tests.items()})
+def encode_suite(suite, tokenizer, config, longest):
+    """(training examples, {task: test examples}) as tokens, none longer than `longest`; says how many were."""
+    encoded, long = {"": suite.train, **suite.tests}, 0
+    for name, examples in encoded.items():
+        encoded[name], count = data.fit(data.encode(examples, tokenizer, suite.names), longest, config.too_long)
+        long += count
+        if examples and not encoded[name]:
+            raise ValueError(f"all examples {name and 'of ' + name} are longer than --max-length {longest}")
+    if long:
+        print(f"{long:,} examples are longer than {longest} tokens: {config.too_long}")
+    return encoded.pop(""), encoded
 
 
 def group_means(suite, scores):
-    """(speciality, versatility): mean over the new and over the general tasks; None where there are none."""
-    groups = [[score for task, score in scores.items() if suite.group[task] == group] for group in ("new", "general")]
+    """(speciality, versatility): mean of the main figures of the new and of the general tasks that are scored in
+    percent; None where there are none."""
+    groups = [[next(iter(figures.values())) for task, figures in scores.items()
+               if suite.group[task] == group and suite.score[task] != "loss"] for group in ("new", "general")]
     return tuple(mean(group) if group else None for group in groups)
 
 
-def learn(config, name, model, adapter, suite, tokenizer, out):
+def learn(config, name, model, adapter, suite, encoded, tokenizer, out):
     """Score, train, score, and the table: what fine-tuning and pretraining share. Returns what results.json holds."""
-    start, pad = time.perf_counter(), tokenizer.pad_id
-    examples, tests = encode_suite(suite, tokenizer)
+    start, (examples, tests) = time.perf_counter(), encoded
+    scored = lambda: evaluate(model, tests, tokenizer, suite.score, config.max_new_tokens)
     total = count_parameters(model.config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
     print(f"{len(examples):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
           f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {out}", flush=True)
 
-    before = evaluate(model, tests, pad)
-    train(model, adapter, examples, config, pad, Log(out / "metrics.jsonl"))
-    after = evaluate(model, tests, pad)
-    speciality, versatility = group_means(suite, after)
+    before = scored()
+    train(model, adapter, examples, config, tokenizer.pad_id, Log(out / "metrics.jsonl"))
     results = {
         "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
-        "trainable_parameters": trainable, "total_parameters": total, "seconds": time.perf_counter() - start,
-        "peak_memory_bytes": peak_memory(model.device), "eval_split": config.eval_split,
-        "tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task], "before": before[task],
-                         "after": after[task]} for task in tests},
-        "speciality": speciality, "versatility": versatility,
-        "uni": None if None in (speciality, versatility) else speciality + versatility, "report": adapter.report()}
+        "trainable_parameters": trainable, "total_parameters": total,
+        **summary(config, suite, before, scored()), "seconds": time.perf_counter() - start,
+        "peak_memory_bytes": peak_memory(model.device), "report": adapter.report()}
     print_table(results)
+    return results
+
+
+def longest_of(config, model_config):
+    return min(config.max_length, model_config.max_position_embeddings)
+
+
+def summary(config, suite, before, after):
+    """The part of results.json that is about scores. A task's before and after are its main figure's; `figures` holds
+    all that it is scored by."""
+    main = lambda figures: next(iter(figures.values()))
+    speciality, versatility = group_means(suite, after)
+    return {"eval_split": config.eval_split,
+            "tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task], "score": suite.score[task],
+                             "before": main(before[task]), "after": main(after[task]),
+                             "figures": {name: [before[task][name], after[task][name]] for name in after[task]}}
+                      for task in after},
+            "speciality": speciality, "versatility": versatility,
+            "uni": None if None in (speciality, versatility) else speciality + versatility}
+
+
+def score_only(config, argv=()):
+    """Scores a base, or a finished run, on the same data that training would; writes results.json."""
+    device, dtype = place(config)
+    base, name = config.base, "base"
+    if config.adapter:
+        model, adapter, _, saved = load_run(config.adapter, device, dtype)
+        base, name = saved["settings"]["base"], saved["method"]
+    else:
+        check_base(config.base)
+        model, adapter = Llama.from_pretrained(base, device, dtype), None
+    tokenizer = data.Tokenizer.from_pretrained(base)
+    out = Path(config.out or f"out/eval-{name}")
+    check_folder(out, config.overwrite)
+    suite, start = load_suite(config, config.eval_split, config.eval_limit, tokenizer), time.perf_counter()
+    _, tests = encode_suite(replace(suite, train=[]), tokenizer, config, longest_of(config, model.config))
+    scores = evaluate(model, tests, tokenizer, suite.score, config.max_new_tokens)
+    clear_folder(out)
+    write_json(out / "config.json", {"settings": asdict(config), **provenance(argv)})
+    results = {"method": name, "base": base, "adapter": config.adapter, **summary(config, suite, scores, scores),
+               "seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device)}
+    print_table(results)
+    write_json(out / "results.json", results)
     return results
 
 
@@ -483,23 +584,27 @@ def peak_memory(device):
 
 
 def print_table(results):
-    """Accuracy of each task before and after, and the group means."""
-    line = "{:<24}{:<14}{:>8}{:>8}".format
-    print("\n" + line("exact match in %", results["eval_split"], "before", "after"))
+    """The figures of each task before and after, one column where nothing was trained, and the group means."""
+    trained = "trainable_parameters" in results
+    line = lambda name, kind, *values: f"{name:<24}{kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
+    print("\n" + line("accuracy in %", results["eval_split"], *(("before", "after") if trained else ("score",))))
     for group, title in (("new", "speciality"), ("general", "versatility")):
         rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
-        if rows:
-            for task, s in rows.items():
-                print(line("  " + task, s["aspect"], f"{s['before']:.1f}", f"{s['after']:.1f}"))
-            before = mean([s["before"] for s in rows.values()])
-            print(line(title, f"mean, {group}", f"{before:.1f}", f"{results[title]:.1f}"))
+        for task, s in rows.items():
+            for i, (name, values) in enumerate(s["figures"].items()):
+                shown = [f"{v:.1f}" if s["score"] != "loss" else f"{v:.4g}" for v in values]
+                print(line("" if i else "  " + task, s["aspect"] if name == "exact match" else name, *shown))
+        before = [s["before"] for s in rows.values() if s["score"] != "loss"]
+        if before:
+            print(line(title, f"mean, {group}", f"{mean(before):.1f}", f"{results[title]:.1f}"))
     if results["uni"] is not None:
         print(line("Uni", "their sum", "", f"{results['uni']:.1f}"))
     print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
 
 
-def load_run(run_dir, device="cpu", dtype=torch.float32):
+def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
     """(model, adapter, method module, config.json as a dict) of a finished run, with the trained tensors in place.
+    base: where its base model lies now; default: where it was.
 
     Raises ValueError where the folder holds no finished run, or its base has changed since.
     """
@@ -507,7 +612,7 @@ def load_run(run_dir, device="cpu", dtype=torch.float32):
     if not (run_dir / "adapter.safetensors").exists():
         raise ValueError(f"{run_dir} holds no adapter.safetensors; expected a run folder such as out/multilora")
     saved = read_json(run_dir / "config.json")
-    base = Path(saved["settings"]["base"])
+    base = Path(base or saved["settings"]["base"])
     if not base.is_dir():
         raise ValueError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
     if checksum(base) != saved["base_sha256"]:
@@ -529,6 +634,8 @@ PRETRAINING = {"steps": 3600, "batch_size": 96, "lr": 2e-3, "weight_decay": 0.1}
 def pretrain(config, argv=()):
     """Makes the built-in base from nothing: tokenizer, random weights, and the same loop on the general tasks."""
     device, dtype = place(config)
+    if not config.builtin:
+        raise ValueError("--pretrain makes the built-in base, from built-in data alone: leave out --data")
     suite = data.load_builtin("general", config.eval_split, config.eval_limit)
     tokenizer = data.train_tokenizer(suite.train)
     model = Llama(LlamaConfig(
@@ -541,7 +648,8 @@ def pretrain(config, argv=()):
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
     check_folder(out, config.overwrite)
     clear_folder(record)
-    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, record)
+    encoded = encode_suite(suite, tokenizer, config, longest_of(config, model.config))
+    results = learn(config, "pretrain", model, Adapter(model), suite, encoded, tokenizer, record)
     model.save_pretrained(out)
     tokenizer.save(out)
     write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names, **provenance(argv)})
@@ -554,6 +662,8 @@ def main():
     config, method_config = parse(argv, methods)
     if config.pretrain:
         pretrain(config, argv)
+    elif config.eval_only:
+        score_only(config, argv)
     else:
         run(config, config.method, method_config, argv)
 
