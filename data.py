@@ -451,7 +451,7 @@ def text(record):
 def has(*names, label=None):
     """Recognises records by their fields and, where two formats share those, by the labels that occur."""
     return lambda records: all(n in records[0] for n in names) and (
-        label is None or {r.get("label") for r in records} <= set(label))
+        label is None or {str(r.get("label")) for r in records} <= set(label))
 
 
 # {name: (recognises records, how they are scored, record -> Row)}; the first that recognises a file's records is taken.
