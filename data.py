@@ -67,9 +67,10 @@ class Tokenizer:
     def from_pretrained(cls, path):
         """Reads tokenizer.json, and the settings of the files in `sources` where they are.
 
-        BOS is put first as add_bos_token says; without that setting, tokenizer.json's post-processor decides. Where no
-        file names a pad token, EOS serves. Raises ValueError for an absent tokenizer.json, a broken file, a vocabulary
-        larger than the model's, and where no file names an EOS token.
+        BOS is put first as add_bos_token says; without that setting, tokenizer.json's post-processor decides (so does
+        transformers 4 for a Llama; 5 ignores the setting). Where no file names a pad token, EOS serves. Raises
+        ValueError for an absent tokenizer.json, a broken file, a vocabulary larger than the model's, and where no file
+        names an EOS token.
         """
         path = Path(path)
         if not (path / "tokenizer.json").exists():
@@ -86,8 +87,8 @@ class Tokenizer:
         settings = {key: value for part in found for key, value in part.items()}  # a later file knows better
         token, last = max(fast.get_vocab().items(), key=lambda item: item[1])
         if last >= (size := found[0].get("vocab_size", math.inf)):
-            raise ValueError(f"{path / 'tokenizer.json'}: token {token!r} has id {last}, expected less than config.json's "
-                             f"vocab_size of {size}: the tokenizer belongs to another model")
+            raise ValueError(f"{path / 'tokenizer.json'}: token {token!r} has id {last}, expected less than vocab_size "
+                             f"{size} of config.json: the tokenizer belongs to another model")
 
         def token_id(kind):
             token = settings.get(f"{kind}_token")

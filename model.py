@@ -74,8 +74,8 @@ class LlamaConfig:
         kind = raw.get("model_type", "llama")
         if kind not in ("llama", "mistral"):
             refuse("model_type", "'llama' (or 'mistral' without sliding window)")
-        if kind == "mistral" and raw.get("sliding_window", 4096) is not None:
-            refuse("sliding_window", "null (without the key it is 4096): sliding-window attention is not implemented")
+        if kind == "mistral" and raw.setdefault("sliding_window", 4096) is not None:  # transformers' default
+            refuse("sliding_window", "null, written out: sliding-window attention is not implemented")
         if raw.get("quantization_config"):
             raise ValueError(f"{where}: quantization_config is set, expected float32, float16 or bfloat16 weights")
         if raw.get("hidden_act", "silu") != "silu":
@@ -254,11 +254,12 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding would draw normal numbers, and on the meta device that imports torch's compiler, for a second.
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(config.vocab_size, config.hidden_size), freeze=False)
+        # Zeros: nn.Embedding's own normal numbers make torch import its compiler on the meta device, for a second.
+        zeros = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False  # training keeps each layer's input alone and runs the layer again for its gradients
+        self.checkpointing = False  # keep only each layer's input in training, and run the layer again for gradients
 
     def forward(self, ids, ctx):  # (B, T) -> (B, T, d)
         h = self.embed_tokens(ids)
@@ -360,7 +361,7 @@ class Llama(nn.Module):
         if stray:
             raise ValueError(f"{path}: {len(stray)} tensors have no place in this model, the first is {stray[0]!r}; "
                              "config.json does not describe this file")
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings:  # whichever the file held is the embedding
             state.setdefault(embedding, state.pop(head, None))
         model.load_state_dict(state, strict=False, assign=True)
         return model.tie_weights().eval()
