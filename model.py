@@ -259,7 +259,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False  # keep only each layer's input in training, and run the layer again for gradients
+        self.checkpointing = False  # True keeps only each layer's input, and runs the layer again for its gradients
 
     def forward(self, ids, ctx):  # (B, T) -> (B, T, d)
         h = self.embed_tokens(ids)
@@ -269,8 +269,7 @@ class Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for layer in self.layers:
-            rerun = self.checkpointing and self.training
-            h = checkpoint(layer, h, ctx, use_reentrant=False) if rerun else layer(h, ctx)
+            h = checkpoint(layer, h, ctx, use_reentrant=False) if self.checkpointing else layer(h, ctx)
         return self.norm(h)
 
 
