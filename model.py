@@ -458,7 +458,7 @@ def open_tensors(file):
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a complete safetensors file, fetch it again: {error}") from None
 
 
 def tensor_files(path):
