@@ -8,7 +8,7 @@ folder (1.5 GB). Each measurement is a fresh process that loads one of the two f
 
     loaded   growth of the peak resident memory over that just after `import torch`, divided by the weights' bytes in
              float32. Pages of the mapped file count, but only once they are read:
-    logits   the same after the logits of 16 tokens, when every weight has been read; wanted: at most 1.15.
+    logits   the same after the logits of 16 tokens, which read all but the embedding; wanted: at most 1.15.
     seconds  from the call of from_pretrained to those logits, without imports; median of five runs, taken in turns with
              transformers'; wanted: at most 1.2 times its median.
 """
