@@ -95,8 +95,19 @@ TEMPLATES = {
 # ---------------------------------------------------------------------------------------------- tokenizer
 
 
+def read_settings(file):
+    """What a JSON file sets, without its nulls; nothing where it is absent. Raises ValueError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a JSON {type(found).__name__}, expected an object: {{...}}")
+    return {key: value for key, value in found.items() if value is not None}
+
+
 class Tokenizer:
-    """A Hugging Face `tokenizer.json` with its special tokens. BOS comes from the file's own post-processor."""
+    """A Hugging Face `tokenizer.json` with its special tokens. Its post-processor puts BOS first where files say so."""
 
     def __init__(self, fast, bos_id, eos_id, pad_id, stop_ids, template=None):
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
@@ -104,35 +115,47 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads tokenizer.json, and tokenizer_config.json, generation_config.json and config.json where they are.
+        """Reads tokenizer.json, and the settings of the files in `sources` where they are.
 
-        Raises ValueError for an absent or broken tokenizer.json, and where no file names an EOS token.
+        BOS is put first as add_bos_token says; without that setting, tokenizer.json's post-processor decides (so does
+        transformers 4 for a Llama; 5 ignores the setting). Where no file names a pad token, EOS serves. Raises
+        ValueError for an absent tokenizer.json, a broken file, a vocabulary larger than the model's, and where no file
+        names an EOS token.
         """
         path = Path(path)
         if not (path / "tokenizer.json").exists():
-            raise ValueError(f"{path} has no tokenizer.json, which is the one tokenizer format read here")
+            found = ", only tokenizer.model: load and save it with transformers, which writes tokenizer.json"
+            raise ValueError(f"{path} has no tokenizer.json{found if (path / 'tokenizer.model').exists() else ''}")
         try:
             fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # the library raises the bare class
             raise ValueError(f"{path / 'tokenizer.json'} does not parse: {error}") from None
-        settings, sources = {}, ("config.json", "generation_config.json", "tokenizer_config.json")
-        for name in sources:  # a later file knows better
-            if (path / name).exists():
-                settings.update({k: v for k, v in json.loads((path / name).read_text()).items() if v is not None})
+        fast.no_truncation()  # a file may remember how its training pipeline cut and padded
+        fast.no_padding()
+        sources = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+        found = [read_settings(path / name) for name in sources]
+        settings = {key: value for part in found for key, value in part.items()}  # a later file knows better
+        token, last = max(fast.get_vocab().items(), key=lambda item: item[1])
+        if last >= (size := found[0].get("vocab_size", math.inf)):
+            raise ValueError(f"{path / 'tokenizer.json'}: token {token!r} has id {last}, expected less than vocab_size "
+                             f"{size} of config.json: the tokenizer belongs to another model")
 
         def token_id(kind):
             token = settings.get(f"{kind}_token")
             token = token.get("content") if isinstance(token, dict) else token
             return fast.token_to_id(token) if token else None
 
-        stop = settings.get("eos_token_id")
-        stop = set(stop if isinstance(stop, list) else [] if stop is None else [stop])
-        eos = token_id("eos")
+        stop = settings.get("eos_token_id", [])
+        stop = set(stop if isinstance(stop, list) else [stop])
+        bos, eos, pad = token_id("bos"), token_id("eos"), token_id("pad")
         eos = min(stop, default=None) if eos is None else eos
         if eos is None:
             raise ValueError(f"{path}: none of {', '.join(sources)} names an EOS token")
-        pad = token_id("pad")
-        return cls(fast, token_id("bos"), eos, eos if pad is None else pad, stop | {eos}, settings.get("template"))
+        if "add_bos_token" in settings:  # an EOS that it might add too would end the text that is to be continued
+            first = [fast.id_to_token(bos)] if settings["add_bos_token"] and bos is not None else []
+            fast.post_processor = processors.TemplateProcessing(
+                single=[*first, "$A"], special_tokens=[(token, bos) for token in first])
+        return cls(fast, bos, eos, eos if pad is None else pad, stop | {eos}, settings.get("template"))
 
     def encode(self, text, start=True):
         """Token ids of a text; start adds what the tokenizer puts before a sequence (BOS)."""

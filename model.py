@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, in order of use
 
@@ -74,8 +75,8 @@ class LlamaConfig:
         kind = raw.get("model_type", "llama")
         if kind not in ("llama", "mistral"):
             refuse("model_type", "'llama' (or 'mistral' without sliding window)")
-        if kind == "mistral" and raw.get("sliding_window") is not None:
-            refuse("sliding_window", "null: sliding-window attention is not implemented")
+        if kind == "mistral" and raw.setdefault("sliding_window", 4096) is not None:  # transformers' default
+            refuse("sliding_window", "null, written out: sliding-window attention is not implemented")
         if raw.get("quantization_config"):
             raise ValueError(f"{where}: quantization_config is set, expected float32, float16 or bfloat16 weights")
         if raw.get("hidden_act", "silu") != "silu":
@@ -85,7 +86,10 @@ class LlamaConfig:
                 refuse(f.name, "a positive integer")
 
         # Newer files say everything about RoPE in one dictionary, older ones in `rope_theta` and `rope_scaling`.
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{where}: RoPE scaling is {rope!r}, expected null or an object with rope_type and factor")
+        rope = dict(rope)
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
         rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
         required = {"default": (), "linear": ("factor",), "llama3": (
@@ -251,9 +255,12 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Zeros: nn.Embedding's own normal numbers make torch import its compiler on the meta device, for a second.
+        zeros = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.checkpointing = False  # True keeps only each layer's input, and runs the layer again for its gradients
 
     def forward(self, ids, ctx):  # (B, T) -> (B, T, d)
         h = self.embed_tokens(ids)
@@ -263,7 +270,7 @@ class Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for layer in self.layers:
-            h = layer(h, ctx)
+            h = checkpoint(layer, h, ctx, use_reentrant=False) if self.checkpointing else layer(h, ctx)
         return self.norm(h)
 
 
@@ -320,36 +327,44 @@ class Llama(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
         """Loads a Hugging Face folder (`config.json`, and `model.safetensors` or shards with an index).
 
-        Every tensor goes from the file straight to `device` and `dtype`; the peak extra memory is one tensor.
+        Every tensor goes from the file straight to `device` and `dtype`; the peak extra memory is one tensor. One that
+        is already right stays mapped: its pages are read when first used, and changing them leaves the file unchanged.
         Raises ValueError, naming file, tensor and what was expected, for anything missing, misshapen or left over.
         """
-        path = Path(path)
+        path, state = Path(path), {}
         config = LlamaConfig.from_dict(read_json(path / "config.json"), path / "config.json")
         files = tensor_files(path)  # {tensor name: file}
         with torch.device("meta"):
-            model = cls(config).to(dtype)
-        model.to_empty(device=device).tie_weights()
+            model = cls(config)
 
         targets = model.state_dict()
         embedding, head = "model.embed_tokens.weight", "lm_head.weight"
         if config.tie_word_embeddings:  # a file may hold either of the two
             targets.pop(embedding if embedding not in files and head in files else head)
-        for name, target in targets.items():
+        # The largest first: it is mapped while it is converted, and the peak is lowest while little else is loaded.
+        for name, target in sorted(targets.items(), key=lambda item: -item[1].numel()):
             if name not in files:
                 raise ValueError(f"{path}: tensor {name!r} is missing, expected shape {tuple(target.shape)}")
             # Reopened for each tensor: pages of a mapped file count as memory for as long as the mapping lives.
             with open_tensors(files[name]) as tensors:
-                shape = tuple(tensors.get_slice(name).get_shape())
+                stored = tensors.get_slice(name)
+                shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+                if kind not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{files[name]}: tensor {name!r} holds {kind}, expected F32, F16 or BF16: "
+                                     "quantised weights cannot be read")
                 if shape != tuple(target.shape):
                     raise ValueError(f"{files[name]}: tensor {name!r} has shape {shape}, "
                                      f"expected {tuple(target.shape)}")
-                target.copy_(tensors.get_tensor(name))
+                state[name] = tensors.get_tensor(name).to(device, dtype)
         ignored = ("rotary_emb.inv_freq", *((embedding, head) if config.tie_word_embeddings else ()))
         stray = [name for name in files if name not in targets and not name.endswith(ignored)]
         if stray:
             raise ValueError(f"{path}: {len(stray)} tensors have no place in this model, the first is {stray[0]!r}; "
                              "config.json does not describe this file")
-        return model.eval()
+        if config.tie_word_embeddings:  # whichever the file held is the embedding
+            state.setdefault(embedding, state.pop(head, None))
+        model.load_state_dict(state, strict=False, assign=True)
+        return model.tie_weights().eval()
 
     def tie_weights(self):
         if self.config.tie_word_embeddings:
@@ -372,7 +387,9 @@ class Llama(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
+        part = path / "model.safetensors.part"  # these very weights may be mapped from the file that is replaced
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt"})
+        part.replace(path / "model.safetensors")
 
     # ------------------------------------------------------------------------------------------ generation
 
@@ -417,13 +434,16 @@ class Llama(nn.Module):
 
 
 def read_json(path):
-    """Raises ValueError in one line where the file is absent or not JSON."""
+    """The object (dict) in a JSON file. Raises ValueError in one line where the file is absent or holds no such."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object: {{...}}")
+    return value
 
 
 def write_json(path, value):
@@ -439,17 +459,20 @@ def open_tensors(file):
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a complete safetensors file, fetch it again: {error}") from None
 
 
 def tensor_files(path):
     """{tensor name: file} of a checkpoint folder, from its one file or from the index of its shards."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if index.exists() and not single.exists():
-        places = {name: path / file for name, file in read_json(index).get("weight_map", {}).items()}
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise ValueError(f"{index}: weight_map is missing or malformed, expected {{tensor name: file name}}")
+        places = {name: path / file for name, file in places.items()}
         for file in sorted(set(places.values())):
             if not file.exists():
-                raise ValueError(f"{index} names {file.name}, which is not in the folder")
+                raise ValueError(f"{index} names {file.name}, which is not in the folder: fetch the missing shard")
             with open_tensors(file) as tensors:
                 held = set(tensors.keys())
             if absent := [name for name, place in places.items() if place == file and name not in held]:
@@ -458,7 +481,8 @@ def tensor_files(path):
     if single.exists():
         with open_tensors(single) as tensors:
             return {name: single for name in tensors.keys()}
-    found = next((f", only {p.name}: convert it to safetensors" for p in sorted(path.glob("*.bin"))), "")
+    found = next((f", only {p.name}: load and save it with transformers, which writes safetensors"
+                  for p in sorted(path.glob("*.bin"))), "")
     raise ValueError(f"{path} has no model.safetensors{found}")
 
 

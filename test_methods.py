@@ -7,6 +7,7 @@ Read in this order: helpers, the model, the data, every method, MultiLoRA, CS-Re
 import csv
 import json
 import math
+import random
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -114,29 +116,121 @@ def runs(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2], ids=["multi-head", "grouped-query"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_random_models_agree_with_transformers_both_ways(tmp_path, kv_heads, tied, bias):
+SMALL = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64}
+LINEAR = {"factor": 4.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def write_checkpoint(path, raw, dtype=torch.float32, shards=0, absent=(), stray=False, seed=0):
+    """A folder with `raw` as config.json and random weights under the names and shapes that transformers gives them,
+    norms and biases too. shards: number of files beside an index; 0 is one file without. stray: an old buffer."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=kv_heads, tie_word_embeddings=tied, attention_bias=bias)).eval()
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(raw))
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(path)).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.2 + (len(shape) == 1)
+               for name, shape in shapes.items()}
+    if raw.get("tie_word_embeddings"):
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+    tensors = {name: t.to(dtype) for name, t in tensors.items() if name not in absent}
+    if stray:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)] or ["model.safetensors"]
+    for i, file in enumerate(files):
+        save_file({name: tensors[name] for name in list(tensors)[i :: len(files)]}, path / file, {"format": "pt"})
+    if shards:
+        index = {"metadata": {}, "weight_map": {name: files[i % shards] for i, name in enumerate(tensors)}}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def their_logits(path, ids):
+    transformers = pytest.importorskip("transformers")
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            if p.dim() == 1:
-                p.copy_(torch.randn_like(p))
-    ids = torch.randint(0, 96, (3, 13))
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(ids).logits
+
+
+@pytest.mark.parametrize("raw, written", [
+    ({}, {}),
+    ({}, {"shards": 3}),
+    ({"tie_word_embeddings": True}, {}),
+    ({"tie_word_embeddings": True}, {"absent": [HEAD]}),
+    ({"tie_word_embeddings": True}, {"absent": [EMBEDDING]}),
+    ({"tie_word_embeddings": True}, {"absent": [EMBEDDING], "shards": 2, "dtype": torch.bfloat16}),
+    ({"num_key_value_heads": 2}, {}),
+    ({"num_key_value_heads": None}, {}),
+    ({"head_dim": 12, "num_key_value_heads": 1}, {}),
+    ({"attention_bias": True}, {}),
+    ({"mlp_bias": True}, {}),
+    ({"rope_theta": 500.0, "rms_norm_eps": 0.01}, {}),
+    ({"rope_theta": 500.0, "rope_scaling": {"type": "linear", **LINEAR}}, {}),
+    ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "linear", **LINEAR}}, {}),
+    ({"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, **LINEAR}}, {}),
+    ({"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA3}}, {}),
+    ({"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}, {}),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA3}}, {}),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, {}),
+    ({}, {"dtype": torch.float16}),
+    ({}, {"dtype": torch.bfloat16, "stray": True}),
+    ({"model_type": "mistral", "sliding_window": None, "head_dim": 12, "num_key_value_heads": 2}, {}),
+], ids=str)
+def test_checkpoints_agree_with_transformers_both_ways(tmp_path, raw, written):
+    ids = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(0))
+    write_checkpoint(tmp_path / "theirs", {**SMALL, **raw}, **written)
+    wanted = their_logits(tmp_path / "theirs", ids)
+    ours = Llama.from_pretrained(tmp_path / "theirs")
     with torch.no_grad():
-        wanted = theirs(ids).logits
-        theirs.save_pretrained(tmp_path / "theirs")
-        ours = Llama.from_pretrained(tmp_path / "theirs")
         torch.testing.assert_close(ours(ids), wanted, atol=1e-4, rtol=0)
-        ours.save_pretrained(tmp_path / "ours")
-        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
-        torch.testing.assert_close(again(ids).logits, wanted, atol=1e-4, rtol=0)
-        assert again.config.tie_word_embeddings == tied
+    ours.save_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(their_logits(tmp_path / "ours", ids), wanted, atol=1e-4, rtol=0)
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert saved["tie_word_embeddings"] == raw.get("tie_word_embeddings", False)
+
+
+def random_checkpoint(rng):
+    """(config.json, arguments of write_checkpoint) with everything that may vary, drawn together."""
+    raw = {"model_type": rng.choice(["llama", "llama", "mistral"]), "vocab_size": rng.randint(20, 70),
+           "intermediate_size": rng.randint(8, 60), "num_hidden_layers": rng.randint(1, 3),
+           "num_attention_heads": rng.choice([1, 2, 4, 6]), "tie_word_embeddings": rng.random() < 0.5,
+           "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-2]), "max_position_embeddings": rng.choice([64, 2048])}
+    heads, head_dim = raw["num_attention_heads"], rng.choice([4, 6, 8])
+    raw["hidden_size"] = heads * head_dim if heads > 2 else 16
+    raw["num_key_value_heads"] = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    if rng.random() < 0.5:
+        raw["head_dim"] = rng.choice([4, 10, 16])
+    if raw["model_type"] == "mistral":
+        raw["sliding_window"] = None
+    else:
+        raw.update(attention_bias=rng.random() < 0.5, mlp_bias=rng.random() < 0.5)
+    theta = {"rope_theta": rng.choice([100.0, 10000.0, 500000.0])}
+    kind = rng.choice(["default", "linear", "llama3"])
+    scaling = {"default": {}, "linear": {"factor": rng.choice([2.0, 8])}, "llama3": {
+        "factor": rng.choice([2, 8.0]), "low_freq_factor": rng.choice([0.5, 1.0]),
+        "high_freq_factor": rng.choice([2.0, 4]), "original_max_position_embeddings": rng.choice([16, 32, 64])}}[kind]
+    spelling = rng.choice(["type", "rope_type", "rope_parameters"])
+    if spelling == "rope_parameters":
+        raw["rope_parameters"] = {"rope_type": kind, **theta, **scaling}
+    else:
+        raw.update(theta, rope_scaling={spelling: kind, **scaling} if scaling else None)
+    absent = [rng.choice([EMBEDDING, HEAD, None])] if raw["tie_word_embeddings"] else []
+    dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16])
+    return raw, {"dtype": dtype, "shards": rng.choice([0, 1, 3]), "absent": absent, "stray": rng.random() < 0.2}
+
+
+def test_200_random_checkpoints_agree_with_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    for seed in range(200):
+        raw, written = random_checkpoint(random.Random(seed))
+        write_checkpoint(tmp_path / str(seed), raw, seed=seed, **written)
+        ids = torch.randint(0, raw["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            ours = Llama.from_pretrained(tmp_path / str(seed))(ids)
+        torch.testing.assert_close(ours, their_logits(tmp_path / str(seed), ids), atol=1e-4, rtol=0,
+                                   msg=lambda text: f"seed {seed}: {raw}, {written}\n{text}")
 
 
 def test_base_agrees_with_transformers():
@@ -217,45 +311,222 @@ def test_sampling_repeats_with_a_seed_and_differs_from_greedy():
     assert model.generate([[1, 2]], 20)[0] not in draws
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "RoPE type is 'yarn'"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "needs a number 'factor'"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
-    ({"hidden_size": None}, "hidden_size is None"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
+def refused(load, path, *words):
+    """load(path) raises what the command line shows as one line: a ValueError of this project, with these words."""
+    with pytest.raises(ValueError) as error:
+        load(path)
+    text = str(error.value)
+    assert Path(error.traceback[-1].path).parent == HERE and "\n" not in text, text
+    assert all(word in text for word in (str(path), *words)), text
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "gpt2"}, ["model_type is 'gpt2'", "expected 'llama'"]),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["RoPE type is 'yarn'", "linear, llama3"]),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["RoPE type is 'dynamic'"]),
+    ({"rope_scaling": {"rope_type": "linear"}}, ["needs a number 'factor'"]),
+    ({"rope_scaling": "linear"}, ["RoPE scaling is 'linear'", "expected null or an object"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config"]),
+    ({"model_type": "mistral", "sliding_window": 4096}, ["sliding_window is 4096, expected null"]),
+    ({"model_type": "mistral"}, ["sliding_window is 4096, expected null"]),
+    ({"hidden_size": None}, ["hidden_size is None"]),
+    ({"num_key_value_heads": 3}, ["num_key_value_heads is 3"]),
 ])
-def test_unsupported_checkpoints_are_refused_in_one_line(tmp_path, change, message):
+def test_unsupported_configs_are_refused_in_one_line(tmp_path, change, words):
     tiny().save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
-    with pytest.raises(ValueError, match=message) as error:
-        Llama.from_pretrained(tmp_path)
-    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+    refused(Llama.from_pretrained, tmp_path, "config.json", *words)
 
 
 def test_broken_weight_files_are_refused_in_one_line(tmp_path):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    whole, tensors = file.read_bytes(), load_file(file)
+    whole, tensors = file.read_bytes(), {name: t.clone() for name, t in load_file(file).items()}
     name = "model.layers.1.mlp.up_proj.weight"
 
-    def refused(match):
-        with pytest.raises(ValueError, match=match) as error:
-            Llama.from_pretrained(tmp_path)
-        assert "\n" not in str(error.value)
-
     save_file({k: t for k, t in tensors.items() if k != name}, file)
-    refused(f"{name}' is missing")
+    refused(Llama.from_pretrained, tmp_path, f"{name}' is missing, expected shape (48, 32)")
     save_file({**tensors, name: tensors[name].T.contiguous()}, file)
-    refused(r"has shape \(32, 48\), expected \(48, 32\)")
+    refused(Llama.from_pretrained, tmp_path, file.name, name, "has shape (32, 48), expected (48, 32)")
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
+    refused(Llama.from_pretrained, tmp_path, file.name, name, "holds I8, expected F32, F16 or BF16", "quantised")
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, file)
-    refused("no place in this model")
-    file.write_bytes(whole[: len(whole) // 2])
-    refused("not a complete safetensors file")
-    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, file)
-    Llama.from_pretrained(tmp_path)  # an old buffer that nobody reads is no error
+    refused(Llama.from_pretrained, tmp_path, "q_proj.bias", "no place in this model")
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        refused(Llama.from_pretrained, tmp_path, file.name, "not a complete safetensors file")
+    file.rename(tmp_path / "pytorch_model.bin")
+    refused(Llama.from_pretrained, tmp_path, "no model.safetensors, only pytorch_model.bin", "save it with")
+    for text in ('["llama"]', "{", ""):
+        (tmp_path / "config.json").write_text(text)
+        refused(Llama.from_pretrained, tmp_path, "config.json", "JSON")
+
+
+def test_broken_shards_are_refused_in_one_line(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    shard, index = tmp_path / "model-00001-of-00001.safetensors", tmp_path / "model.safetensors.index.json"
+    (tmp_path / "model.safetensors").rename(shard)
+    places, whole = {name: shard.name for name in load_file(shard)}, shard.read_bytes()
+    for wrong in ('{"weight_map"', "[]", "{}", '{"weight_map": ["x"]}', '{"weight_map": {"x": 1}}'):
+        index.write_text(wrong)
+        refused(Llama.from_pretrained, tmp_path, index.name)
+    index.write_text(json.dumps({"weight_map": {**places, HEAD: "model-00002-of-00002.safetensors"}}))
+    refused(Llama.from_pretrained, tmp_path, index.name, "names model-00002-of-00002.safetensors", "not in the folder")
+    index.write_text(json.dumps({"weight_map": {**places, "elsewhere": shard.name}}))
+    refused(Llama.from_pretrained, tmp_path, shard.name, "'elsewhere' is missing")
+    index.write_text(json.dumps({"weight_map": places}))
+    Llama.from_pretrained(tmp_path)
+    shard.write_bytes(whole[:-1])
+    refused(Llama.from_pretrained, tmp_path, shard.name, "not a complete safetensors file")
+
+
+def test_changing_or_saving_mapped_weights_leaves_the_rest_whole(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model, wanted = Llama.from_pretrained(tmp_path), tiny().state_dict()
+    with torch.no_grad():
+        for weight in (model.lm_head.weight, wanted[HEAD]):
+            weight.add_(1.0)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    model.save_pretrained(tmp_path)  # over the very file that the weights are mapped from
+    for loaded in (model, Llama.from_pretrained(tmp_path)):
+        assert all(torch.equal(t, wanted[name]) for name, t in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["csreft", "multilora"])
+def test_checkpointing_runs_each_layer_again_and_changes_no_gradient(method):
+    grads, calls = {}, {}
+    for on in (False, True):
+        model = tiny(torch.float64, num_hidden_layers=3)
+        torch.manual_seed(0)
+        if method == "csreft":  # the first layer's pre-hook makes gates, which all layers' hooks and the penalty read
+            adapter = csreft.attach(model, csreft.Config(subspaces=2, rank=3, positions="f3+l2", sparsity=0.1))
+        else:
+            adapter = multilora.attach(model, multilora.Config(dropout=0.5))
+        perturb(model)
+        model.model.checkpointing, calls[on] = on, []
+        model.model.layers[1].self_attn.register_forward_hook(lambda *args, on=on: calls[on].append(1))
+        model.train()
+        ids = random_ids(model, 4)
+        for step in range(2):  # micro-batches accumulate
+            ctx = Context(prompt_mask=torch.arange(ids.shape[1])[None] < torch.tensor([4, 6, 3, 5])[:, None])
+            (model(ids, ids, ctx) + adapter.penalty(ctx)).backward()
+        assert len(calls[on]) == (4 if on else 2)
+        grads[on] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, wanted in grads[False].items():
+        torch.testing.assert_close(grads[True][name], wanted, atol=1e-6, rtol=0)
+        assert wanted.abs().max() > 1e-4, f"{name} has no gradient to compare"
+
+
+# A real checkpoint, in whose file only the head of the tied pair is, and a tokenizer without a pre-tokenizer.
+STORIES = HERE.parent / "shared" / "real" / "tinystories-656k"
+needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the files in ../shared/real/tinystories-656k")
+
+
+@needs_stories
+def test_a_real_checkpoint_agrees_with_transformers():
+    ids = torch.randint(3, 2048, (4, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = Llama.from_pretrained(STORIES)(ids)
+    torch.testing.assert_close(ours, their_logits(STORIES, ids), atol=1e-4, rtol=0)
+
+
+@needs_stories
+def test_a_real_checkpoint_continues_a_story():
+    model, tokenizer = Llama.from_pretrained(STORIES), data.Tokenizer.from_pretrained(STORIES)
+    new = model.generate([tokenizer.encode("Once upon a time")], 60, tokenizer.stop_ids)[0]
+    assert tokenizer.decode(new).startswith(", a little girl named Lily lived in a small house with her mom, dad, and")
+
+
+@needs_stories
+def test_a_real_tokenizer_gives_the_ids_of_its_files():
+    tokenizer = data.Tokenizer.from_pretrained(STORIES)
+    fast = tokenizers.Tokenizer.from_file(str(STORIES / "tokenizer.json"))
+    for text in ("Once upon a time", "", " two  spaces", "Lily's mom said:\n\"No!\"", "élan 北京", "3.14 x 42"):
+        wanted = fast.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, start=False) == wanted and tokenizer.encode(text) == [1, *wanted], text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 0, {2})
+
+
+def tokenizer_folder(path, before="<s> $A", **settings):
+    """The built-in tokenizer with another post-processor (None: none) and these files beside it, without .json."""
+    shutil.copytree(BASE, path, ignore=shutil.ignore_patterns("pretraining", "*.safetensors"))
+    fast = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    fast.enable_truncation(4)  # left over from somebody's training, and not to be applied
+    fast.enable_padding(length=9)
+    if before:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            single=before, special_tokens=[("<s>", 1), ("</s>", 2)])
+    raw = json.loads(fast.to_str())
+    (path / "tokenizer.json").write_text(json.dumps(raw if before else {**raw, "post_processor": None}))
+    for name, content in settings.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("before, add_bos, adds", [
+    ("<s> $A", None, True),
+    ("<s> $A", True, True),
+    ("<s> $A", False, False),
+    (None, None, False),
+    (None, True, True),
+    (None, False, False),
+    ("<s> $A </s>", True, True),
+    ("$A", True, True),
+])
+def test_bos_is_put_first_as_the_files_say(tmp_path, before, add_bos, adds):
+    folder = tokenizer_folder(tmp_path / "x", before, tokenizer_config={
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, "add_eos_token": False, **NAMES})
+    tokenizer = data.Tokenizer.from_pretrained(folder)
+    plain = data.Tokenizer.from_pretrained(BASE).encode("Reverse: a b c d", start=False)
+    assert len(plain) > 4 and tokenizer.encode("Reverse: a b c d") == [1] * adds + plain
+    assert tokenizer.encode("Reverse: a b c d", start=False) == plain
+
+
+@pytest.mark.parametrize("settings, eos, stop, pad", [
+    ({"tokenizer_config": {**NAMES, "pad_token": "<pad>"}}, 2, {2}, 0),
+    ({"tokenizer_config": {**NAMES, "pad_token": None}}, 2, {2}, 2),
+    ({"tokenizer_config": {**NAMES, "pad_token": "[PAD]"}}, 2, {2}, 2),
+    ({"tokenizer_config": NAMES, "generation_config": {"eos_token_id": [2, 40, 41]}}, 2, {2, 40, 41}, 2),
+    ({"tokenizer_config": {"eos_token": "a"}, "generation_config": {"eos_token_id": [2, 41]}}, "a", {2, 41, "a"}, "a"),
+    ({"tokenizer_config": {}, "special_tokens_map": {"eos_token": {"content": "a"}}}, "a", {2, "a"}, "a"),
+    ({"tokenizer_config": {}, "generation_config": {"eos_token_id": [41, 40]}}, 40, {40, 41}, 40),
+    ({"tokenizer_config": {}}, 2, {2}, 2),
+], ids=str)
+def test_eos_and_pad_come_from_the_files(tmp_path, settings, eos, stop, pad):
+    tokenizer = data.Tokenizer.from_pretrained(tokenizer_folder(tmp_path / "x", **settings))
+    number = lambda token: tokenizer.fast.token_to_id(token) if isinstance(token, str) else token
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (number(eos), number(pad))
+    assert tokenizer.stop_ids == {number(token) for token in stop}
+
+
+def test_broken_tokenizer_files_are_refused_in_one_line(tmp_path):
+    load, folder = data.Tokenizer.from_pretrained, tokenizer_folder(tmp_path / "x")
+    for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
+        kept = (folder / f"{name}.json").read_text() if (folder / f"{name}.json").exists() else "{}"
+        for wrong in ('{"eos_token": ', "[]", "", '"x"'):
+            (folder / f"{name}.json").write_text(wrong)
+            refused(load, folder, f"{name}.json", "JSON")
+        (folder / f"{name}.json").write_bytes(b"\xff\xfe{}")
+        refused(load, folder, f"{name}.json", "JSON")
+        (folder / f"{name}.json").write_text(kept)
+    load(folder)
+    file = folder / "tokenizer.json"
+    fast = tokenizers.Tokenizer.from_file(str(file))
+    fast.add_tokens(["<extra>"])  # the vocabulary has 512 entries, as many as the model's embedding
+    fast.save(str(file))
+    refused(load, folder, "tokenizer.json", "'<extra>' has id 512, expected less than vocab_size 512", "another model")
+    for wrong in ("{}", "not JSON", file.read_text()[:5000], '{"model": {"type": "Unigram"}}'):
+        file.write_text(wrong)
+        refused(load, folder, "tokenizer.json", "does not parse")
+    file.rename(folder / "tokenizer.model")
+    refused(load, folder, "no tokenizer.json, only tokenizer.model", "save it with")
+    (folder / "tokenizer.model").unlink()
+    refused(load, folder, "has no tokenizer.json")
 
 
 def test_layer_ranges():
