@@ -112,6 +112,10 @@ class Tokenizer:
     def __init__(self, fast, bos_id, eos_id, pad_id, stop_ids, template=None):
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
         self.stop_ids, self.template, self.size = stop_ids, template, fast.get_vocab_size()
+        # Llama 2's normalizer puts a space before any text, also before one that continues another. A line break in front
+        # takes that space on itself, and is taken off again.
+        spaced = re.search(r'"Prepend"|"prepend_scheme":\s*"(first|always)"', fast.to_str())
+        self.lead = fast.encode("\n", add_special_tokens=False).ids if spaced else []
 
     @classmethod
     def from_pretrained(cls, path):
@@ -162,7 +166,12 @@ class Tokenizer:
         return self.encode_batch([text], start)[0]
 
     def encode_batch(self, texts, start=True):
-        return [e.ids for e in self.fast.encode_batch(texts, add_special_tokens=start)]
+        ids = [e.ids for e in self.fast.encode_batch(texts, add_special_tokens=start)]
+        if start or not self.lead:
+            return ids
+        after = [e.ids for e in self.fast.encode_batch(["\n" + t for t in texts], add_special_tokens=False)]
+        n = len(self.lead)  # where the line break merges with the text, there is nothing to take off
+        return [long[n:] if long[:n] == self.lead else alone for long, alone in zip(after, ids)]
 
     def decode(self, ids):
         return self.fast.decode(list(ids))

@@ -578,6 +578,17 @@ def test_only_the_answer_and_its_eos_are_trained_on():
     assert (batch.ids[1, 5:] == 0).all() and (batch.labels[1, 5:] == -100).all()
 
 
+@needs_real
+def test_a_text_that_continues_another_gets_no_space_of_its_own():
+    """Llama 2's kind of tokenizer prepends one: prompt and answer apart must spell the text in one piece."""
+    tokenizer = data.Tokenizer.from_pretrained(TINY)
+    spelled = lambda ids: "".join(tokenizer.fast.id_to_token(i) for i in ids)
+    for prompt, answer in (("Once upon", " a time there was"), ("She said", ', "Hello!"'), ("Tom", "'s dog ran.")):
+        apart = tokenizer.encode(prompt) + tokenizer.encode(answer, start=False)
+        assert spelled(apart) == spelled(tokenizer.encode(prompt + answer))
+        assert spelled(tokenizer.encode(prompt) + tokenizer.fast.encode(answer).ids[1:]) != spelled(apart)
+
+
 def test_an_epoch_draws_every_example_once_with_similar_lengths_together():
     examples = [data.Encoded([0] * (5 + i % 60), [0] * (5 + i % 60), 1, i) for i in range(320)]
     draws = data.draw(examples, 10, seed=0)
