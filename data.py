@@ -112,8 +112,8 @@ class Tokenizer:
     def __init__(self, fast, bos_id, eos_id, pad_id, stop_ids, template=None):
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
         self.stop_ids, self.template, self.size = stop_ids, template, fast.get_vocab_size()
-        # Llama 2's normalizer puts a space before any text, also before one that continues another. A line break in front
-        # takes that space on itself, and is taken off again.
+        # Llama 2's normalizer puts a space before any text, also before one that continues another. A line break in
+        # front takes that space on itself, and is taken off again.
         spaced = re.search(r'"Prepend"|"prepend_scheme":\s*"(first|always)"', fast.to_str())
         self.lead = fast.encode("\n", add_special_tokens=False).ids if spaced else []
 
@@ -415,7 +415,8 @@ def chat(record):
 
 
 def alpaca(record):
-    return Row([(text_of(record, "instruction"), text_of(record, "output", empty=True))], given=record.get("input") or "")
+    turn = text_of(record, "instruction"), text_of(record, "output", empty=True)
+    return Row([turn], given=record.get("input") or "")
 
 
 PROMPTS, ANSWERS = ("prompt", "question"), ("completion", "response", "answer", "output")
@@ -496,7 +497,8 @@ FORMATS = {
     "copa": (has("premise", "choice1", "choice2", "question", "label"), "choice", copa),
     "mmlu": (lambda records: has(*MMLU)(records) or has(*MMLU_NUMBERED)(records), "choice", mmlu),
     "alpaca": (has("instruction", "output"), "loss", alpaca),
-    "gsm8k": (lambda records: has("question", "answer")(records) and "####" in str(records[0]["answer"]), "gsm8k", gsm8k),
+    "gsm8k": (lambda records: has("question", "answer")(records) and "####" in str(records[0]["answer"]),
+              "gsm8k", gsm8k),
     "pair": (lambda records: any(has(p, a)(records) for p in PROMPTS for a in ANSWERS), "exact", pair),
     "text": (has("text"), "loss", text),
 }
@@ -564,7 +566,8 @@ def read_files(files, skip_bad=False):
         name, rows, bad = name or task_name(file), [], []
         records = list(read_records(file))
         bad += [(line, error) for line, _, error in records if error]
-        bad += [(line, "no object with named fields") for line, r, error in records if not error and type(r) is not dict]
+        bad += [(line, "no object with named fields") for line, r, error in records
+                if not error and type(r) is not dict]
         good = [(line, r) for line, r, error in records if not error and type(r) is dict]
         if not good and not (bad and not skip_bad):
             raise ValueError(f"{file} holds no records")

@@ -671,7 +671,7 @@ def main():
     parser.add_argument("--prompts", metavar="FILE", help="answer the instruction of each record, AlpacaEval's say")
     parser.add_argument("--outputs", type=Path, default="model_outputs.json", help="where to (%(default)s)")
     parser.add_argument("--generator", help="name of the answerer in there; default: run folder or checkpoint")
-    parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
+    parser.add_argument("--template", choices=TEMPLATES, help="default: the run's, the checkpoint's or plain")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
@@ -682,19 +682,22 @@ def main():
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
 
-    adapter = None
+    adapter, trained_with = None, "auto"
     if args.adapter:
         from train import load_run
 
-        model, adapter, *_ = load_run(args.adapter, args.device, base=args.checkpoint)
+        model, adapter, _, saved = load_run(args.adapter, args.device, base=args.checkpoint)
+        trained_with = saved["settings"]["template"]
     else:
         model = Llama.from_pretrained(args.checkpoint, args.device)
     if args.save:
         return save_merged(model, adapter, args.checkpoint, args.save)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    template, source = TEMPLATES[args.template or tokenizer.template or "plain"], torch.Generator(args.device)
+    own = trained_with if trained_with != "auto" else tokenizer.template or "plain"
+    template, source = TEMPLATES[args.template or own], torch.Generator(args.device)
     source.manual_seed(args.seed)
-    complete = lambda prompts: model.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
+    complete = lambda prompts: model.generate(
+        prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
     if args.prompts:
         room = model.config.max_position_embeddings - args.max_new_tokens
         if room < 2:

@@ -180,8 +180,8 @@ def changes(run_dir):
 
 @torch.no_grad()
 def export_peft(run_dir, out):
-    """Writes the update as a standard PEFT LoRA adapter of rank n r: A_i stacked, (alpha / r) s_i * B_i side by side, and
-    a scaling of one. Exact, since the n modules are one pair of matrix products anyway."""
+    """Writes the update as a standard PEFT LoRA adapter of rank n r: A_i stacked, (alpha / r) s_i * B_i side by side,
+    and a scaling of one. Exact, since the n modules are one pair of matrix products anyway."""
     from safetensors.torch import save_file
     from train import load_run
 
@@ -208,7 +208,8 @@ def export_peft(run_dir, out):
 def main():
     import argparse
 
-    parser = argparse.ArgumentParser(description="Singular values of a run's learned update ΔW; export.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Singular values of a run's learned update ΔW, and its export.",
+                                     allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, help="run folder, such as out/multilora")
     parser.add_argument("--against", type=Path, help="another run on the same base, such as full fine-tuning's")
     parser.add_argument("--rank", type=int, help="singular values to keep (default: the run's total rank)")

@@ -653,8 +653,8 @@ COPA = {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", 
     ("lines", [{**WORD, "label": False}], "wic", "A river bank.\nA bank of fog.\nQuestion: Is the word 'bank' used in "
      "the same sense in both sentences?\nAnswer:", ["no"], ["yes", "no"]),
     ("lines", [COPA], "copa", "He fell because", ["he slipped."], ["he slipped.", "he sang."]),
-    *((form, [{**fields, "answer": answer}], "mmlu", "2 + 2?\nA. 3\nB. 4\nC. 5, or 6\nD. 7\nAnswer:", ["B"], list("ABCD"))
-      for form in ("csv", "csv without header") for fields in (QUIZ, NUMBERED) for answer in "B1"),
+    *((form, [{**fields, "answer": answer}], "mmlu", "2 + 2?\nA. 3\nB. 4\nC. 5, or 6\nD. 7\nAnswer:", ["B"],
+       list("ABCD")) for form in ("csv", "csv without header") for fields in (QUIZ, NUMBERED) for answer in "B1"),
     ("lines", [{"text": "Once upon a time."}], "text", None, ["Once upon a time."], None),
 ])
 def test_every_format_is_recognised_and_read(tmp_path, form, records, kind, prompt, answers, choices):
@@ -1532,22 +1532,22 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones(runs):
     assert train.mean([scores[t]["exact match"] for t in data.NEW]) < 10
 
 
-# ---------------------------------------------------------------------------------------------- real checkpoints and data
+# ---------------------------------------------------------------------------------------------- real files
 
 
 @needs_real
 @pytest.mark.parametrize("method, args", [("multilora", []), ("csreft", []), ("cofitune", ["--layers", "all"])])
 def test_every_method_learns_real_instructions_on_a_real_checkpoint(runs, tmp_path, method, args):
     """The held-out loss falls, the saved run scores the same again, and what is exported has the same logits."""
-    out = runs("--method", method, *args, "--base", TINY, "--data", REAL / "alpaca" / "alpaca_en_demo.json", "--template",
-               "alpaca", "--steps", "30", "--batch-size", "8", "--lr", "2e-3", "--eval-limit", "20")
+    out = runs("--method", method, *args, "--base", TINY, "--data", REAL / "alpaca" / "alpaca_en_demo.json",
+               "--template", "alpaca", "--steps", "30", "--batch-size", "8", "--lr", "2e-3", "--eval-limit", "20")
     results = json.loads((out / "results.json").read_text())
     row = results["tasks"]["alpaca_en_demo"]
     assert row["after"] < row["before"] - 0.1 and results["speciality"] is None
     assert row["figures"]["perplexity"][1] == pytest.approx(math.exp(row["after"]))
     again = tmp_path / "again"
-    cli("train.py", "--eval-only", "--adapter", out, "--data", REAL / "alpaca" / "alpaca_en_demo.json", "--template",
-        "alpaca", "--eval-limit", "20", "--out", again)
+    cli("train.py", "--eval-only", "--adapter", out, "--data", REAL / "alpaca" / "alpaca_en_demo.json", "--eval-limit",
+        "20", "--out", again)
     assert json.loads((again / "results.json").read_text())["tasks"]["alpaca_en_demo"]["after"] == row["after"]
 
     if method == "csreft":
@@ -1586,9 +1586,9 @@ def test_an_exported_peft_adapter_has_the_same_logits(runs, tmp_path, method):
 
 @needs_real
 def test_a_mixture_of_real_tasks_trains_and_is_scored(runs):
-    out = runs("--method", "multilora", "--base", TINY, "--data", *(REAL / "superglue" / name / "val.jsonl" for name in (
-        "BoolQ", "RTE")), REAL / "gsm8k" / "train-first-3000.jsonl", "--mix", "equal", "--steps", "4", "--batch-size", "8",
-        "--eval-limit", "8", "--max-new-tokens", "48")
+    files = REAL / "superglue/BoolQ/val.jsonl", REAL / "superglue/RTE/val.jsonl", REAL / "gsm8k/train-first-3000.jsonl"
+    out = runs("--method", "multilora", "--base", TINY, "--data", *files, "--mix", "equal", "--steps", "4",
+               "--batch-size", "8", "--eval-limit", "8", "--max-new-tokens", "48")
     results = json.loads((out / "results.json").read_text())
     assert {task: (row["score"], list(row["figures"])) for task, row in results["tasks"].items()} == {
         "BoolQ": ("choice", ["choice", "choice, by byte"]), "RTE": ("choice", ["choice", "choice, by byte"]),

@@ -48,9 +48,12 @@ class Config:
     base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
     data: Annotated[list[str], "what to learn: builtin, or files as [NAME=]FILE, each a task"] = field(
         default_factory=lambda: ["builtin"])
-    eval_data: Annotated[list[str], "files to score on; default: every 20th row of --data"] = field(default_factory=list)
-    general_data: Annotated[list[str], "files of what the base can do already, only scored"] = field(default_factory=list)
-    shot_data: Annotated[list[str], "files of solved examples, matched to tasks by name"] = field(default_factory=list)
+    eval_data: Annotated[list[str], "files to score on; default: every 20th row of --data"] = field(
+        default_factory=list)
+    general_data: Annotated[list[str], "files of what the base can do already, only scored"] = field(
+        default_factory=list)
+    shot_data: Annotated[list[str], "files of solved examples, matched to tasks by name"] = field(
+        default_factory=list)
     shots: Annotated[int, "solved examples in front of each scored question"] = 0
     mix: Annotated[Literal["proportional", "equal"], "how much of each task is seen: as it has rows, or alike"] = \
         "proportional"
@@ -76,7 +79,8 @@ class Config:
     eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
     eval_limit: Annotated[int, "examples of each task to score, 0 for all"] = 0
     log_every: Annotated[int, "steps between two lines of metrics.jsonl"] = 10
-    grad_checkpointing: Annotated[bool, "keep only the layers' inputs for the backward pass: less memory, slower"] = False
+    grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
+        False
     eval_only: Annotated[bool, "score a base, or a run with --adapter, and train nothing"] = False
     adapter: Annotated[str | None, "finished run folder to score with --eval-only"] = None
     out: Annotated[str | None, "run folder; default out/METHOD"] = None
@@ -100,9 +104,9 @@ class Config:
             if self.tasks != "all" or self.replay:
                 raise ValueError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
                                  "name in --data what to learn")
-        elif wrong := next((flag for flag in ("eval_data", "general_data", "shot_data", "shots") if getattr(self, flag)
-                            and not (self.eval_only and flag != "general_data")), None):
-            raise ValueError(f"--{wrong.replace('_', '-')} goes with files in --data, not with the built-in suite")
+        elif self.eval_data or self.general_data or self.shot_data or self.shots:
+            raise ValueError("--eval-data, --general-data, --shot-data and --shots go with files in --data, not with "
+                             "the built-in suite")
 
     @property
     def builtin(self):
@@ -217,7 +221,7 @@ def autocast(model):
 
 
 def evaluate(model, tests, tokenizer, kinds, new_tokens=256):
-    """{task: {name of a figure: its value}}, the main one first, for {task: encoded examples} and {task: how scored}."""
+    """{task: {figure: value}}, the main figure first, for {task: encoded examples} and {task: key of data.SCORES}."""
     model.eval()
     context = lambda batch: Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
     with autocast(model):
@@ -515,6 +519,8 @@ def score_only(config, argv=()):
     if config.adapter:
         model, adapter, _, saved = load_run(config.adapter, device, dtype)
         base, name = saved["settings"]["base"], saved["method"]
+        if config.template == "auto":  # the one that the run was trained with
+            config = replace(config, template=saved["settings"]["template"])
     else:
         check_base(config.base)
         model, adapter = Llama.from_pretrained(base, device, dtype), None

@@ -3,8 +3,8 @@
     python bench/gpu.py                                  # Llama-2-7B's shape, on the GPU; 14 GB of disk
     python bench/gpu.py --layers 1 --device cpu          # one layer of it, to see that the commands run
 
-Makes the checkpoint in a temporary folder (bfloat16 weights, the built-in base's tokenizer), then runs train.py as a user
-would, on the built-in suite.
+Makes the checkpoint in a temporary folder (bfloat16 weights, the built-in base's tokenizer), then runs train.py as a
+user would, on the built-in suite.
 """
 
 import argparse
@@ -60,14 +60,16 @@ def main():
                 flags = ["--layers", "all"]
             out = Path(folder) / method
             done = subprocess.run(
-                [sys.executable, "train.py", "--method", method, *flags, "--base", base, "--device", args.device, "--lr", "1e-5",
-                 "--dtype", "bfloat16", "--steps", str(args.steps), "--batch-size", "16", "--eval-limit", "2", "--out", out],
+                [sys.executable, "train.py", "--method", method, *flags, "--base", base, "--device", args.device,
+                 "--dtype", "bfloat16", "--lr", "1e-5", "--steps", str(args.steps), "--batch-size", "16",
+                 "--eval-limit", "2", "--out", out],
                 cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
             results = json.loads((out / "results.json").read_text())
-            print(f"{method:<10}{results['trainable_parameters']:>14,} trained{last['tokens_per_second']:>10,.0f} tokens/s"
+            print(f"{method:<10}{results['trainable_parameters']:>14,} trained"
+                  f"{last['tokens_per_second']:>10,.0f} tokens/s"
                   f"{results['peak_memory_bytes'] / 2**30:>8.1f} GiB", flush=True)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CoFiTune's controls on the two fact tasks: 11 settings x 3 seeds, about 50 minutes on two CPU cores. Finished runs are kept,
-# so the script may be interrupted and started again. Then: python reproduce/table.py out/controls
+# CoFiTune's controls on the two fact tasks: 11 settings x 3 seeds, about 40 minutes on two CPU cores. Finished runs are
+# kept, so the script may be interrupted and started again. Then: python reproduce/table.py out/controls
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ run() {  # run NAME ARGS...: one seed of one setting
         python train.py --tasks currency,tool --steps 1200 --batch-size 24 --seed "$seed" "${@:2}" \
             --out "out/controls/$1-$seed" --overwrite
 }
-rate="--lr 2e-3"  # of the rates tried, the smallest at which CoFiTune comes within two points of SFT, on validation data
+rate="--lr 2e-3"  # of those tried, the smallest at which CoFiTune is within two points of SFT on validation data
 part="--method cofitune --layers 50%-100% --modules gate_proj,up_proj,down_proj"  # the search's choice, see README
 
 for seed in 0 1 2; do
