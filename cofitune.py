@@ -52,7 +52,7 @@ from model import LINEARS, SHAPES, Adapter, Context, Llama, command_line, count_
 class Config:
     layers: Annotated[str, "layers to train: search, all, a list such as 3,9, or a range such as 25%-50%"] = "search"
     modules: Annotated[str, "what to train in them: linear layers, or all; searched too"] = "up_proj,down_proj"
-    search_steps: Annotated[int, "optimiser steps of each node of the search"] = 100
+    search_steps: Annotated[int, "optimiser steps of each node of the search"] = 200
     mask_on: Annotated[Literal["update", "grad", "none"], "what 1 - I multiplies"] = "update"
     mask_source: Annotated[Literal["importance", "random"],
                            "random: the same values on shuffled units, a control"] = "importance"
@@ -115,6 +115,7 @@ def plan(config, model_config, trial):
         chosen = max(path[-1:] + nodes, key=lambda node: sum(scores[node]))
         path.append(chosen)
     print(draw_tree(tree, scores, path))
+    print(f"chosen: --layers {chosen[0]} --modules {chosen[1]}", flush=True)
     return replace(config, layers=chosen[0], modules=chosen[1])
 
 
@@ -313,8 +314,7 @@ def main():
         layers = "25%-50%" if method_config.layers == "search" else method_config.layers
         return count(args.count, replace(method_config, layers=layers))
     job = train.open_job(replace(config, out=config.out or "out/cofitune-search"), "cofitune", method_config)
-    chosen = train.settle(job)
-    print(f"chosen: --layers {chosen.layers} --modules {chosen.modules}")
+    train.settle(job)
 
 
 if __name__ == "__main__":
