@@ -1434,6 +1434,16 @@ def test_gradient_accumulation_equals_one_large_batch(runs, dtype, bound):
     assert len(losses[0]) == 10 and losses[0] == pytest.approx(losses[1], abs=bound)
 
 
+def test_gradient_checkpointing_is_the_same_training(runs, tmp_path):
+    config, method_config = train.parse(["--method", "csreft", "--grad-checkpointing", "--base", str(BASE), "--out",
+                                         str(tmp_path)], train.find_methods())
+    assert train.open_job(config, "csreft", method_config).start(method_config)[0].model.checkpointing
+    plain, again = (runs("--method", "csreft", *QUICK, *flag) for flag in ((), ("--grad-checkpointing",)))
+    a, b = (load_file(out / "adapter.safetensors") for out in (plain, again))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
+
+
 def test_an_existing_run_is_never_overwritten_silently(runs):
     out = runs("--method", "multilora", *QUICK)
     before = (out / "results.json").read_bytes()
@@ -1516,6 +1526,9 @@ def test_programs_show_their_subject(runs):
     assert "[</s>]" in text
     text = cli("model.py", "base", "What is 21 + 34?").stdout
     assert text.splitlines()[0] == "55" and "tokens/s" in text
+    said = [cli("model.py", "base", "Hi", "--adapter", out, "--temperature", "3", "--seed", seed).stdout.splitlines()[0]
+            for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
     assert "no adapter.safetensors" in one_line_error("multilora.py", "base")
     assert "nowhere" in one_line_error("model.py", "nowhere", "Hello")
 
@@ -1618,6 +1631,7 @@ def test_model_outputs_are_alpaca_evals(tmp_path):
     (["--data", "pairs.json", "--tasks", "currency"], ["--tasks"]),
     (["--data", "pairs.json", "--replay", "0.1"], ["--replay"]),
     (["--eval-data", "pairs.json"], ["--eval-data"]),
+    (["--template", "alpaca"], ["--template"]),
     (["--data", "pairs.json", "pairs=boolq.json"], ["two files of task 'pairs'", "NAME=FILE"]),
     (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
     (["--data", "boolq.json", "--shots", "3"], ["--shots 3", "'boolq'"]),

@@ -104,9 +104,10 @@ class Config:
             if self.tasks != "all" or self.replay:
                 raise ValueError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
                                  "name in --data what to learn")
-        elif self.eval_data or self.general_data or self.shot_data or self.shots:
-            raise ValueError("--eval-data, --general-data, --shot-data and --shots go with files in --data, not with "
-                             "the built-in suite")
+        else:
+            of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows")
+            if wrong := [name for name in of_files if getattr(self, name) not in (0, [], "proportional", "auto")]:
+                raise ValueError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in suite")
 
     @property
     def builtin(self):
@@ -650,6 +651,7 @@ def pretrain(config, argv=()):
         eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
     model.init_weights(config.seed)
     model.to(device, dtype)
+    model.model.checkpointing = config.grad_checkpointing
     out = Path(config.out or "out/base")
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
     check_folder(out, config.overwrite)
