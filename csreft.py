@@ -277,15 +277,18 @@ def table(title, columns, rows):
 
 @torch.no_grad()
 def gates_by_task(model, adapter, tests, pad):
-    """{task: mean gates (k,)} over encoded examples."""
+    """{task: mean gates (k,)} over encoded examples. Only embeddings are needed: the router reads nothing else."""
     import data
 
     means = {}
     for task, examples in tests.items():
-        batch = data.collate(examples, pad).to(model.device)
-        ctx = Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
-        model.model(batch.ids, ctx)
-        means[task] = ctx.memory["gates"].mean(0).tolist()
+        total = 0.0
+        for start in range(0, len(examples), 64):
+            batch = data.collate(examples[start : start + 64], pad).to(model.device)
+            ctx = Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
+            adapter.edits.route(model.model.embed_tokens(batch.ids), ctx)
+            total = total + ctx.memory["gates"].sum(0)
+        means[task] = (total / len(examples)).tolist()
     return means
 
 
@@ -317,7 +320,7 @@ def main():
     new = {task: examples for task, examples in tests.items() if suite.group[task] == "new"}
     k, names = adapter.edits.config.subspaces, [f"subspace {i}" for i in range(adapter.edits.config.subspaces)]
     score = lambda some: {task: next(iter(figures.values())) for task, figures in train.evaluate(
-        model, some, tokenizer, suite.score, settings.max_new_tokens).items()}
+        model, some, tokenizer, suite.score, settings.batch_size, settings.max_new_tokens).items()}
 
     table("mean gate of each subspace", names, gates_by_task(model, adapter, tests, tokenizer.pad_id))
     soft, without = score(new), []
@@ -325,14 +328,17 @@ def main():
         adapter.edits.off = i
         without.append(score(new))
     adapter.edits.off = None
-    table("accuracy in %, and with one subspace switched off", ["all on"] + [f"no {i}" for i in range(k)],
+    table("score in % (or loss), and with one subspace switched off", ["all on"] + [f"no {i}" for i in range(k)],
           {task: [soft[task]] + [w[task] for w in without] for task in new})
     if adapter.edits.router is not None:
         adapter.edits.config.gate = "hard"
         hard, opened = score(new), gates_by_task(model, adapter, new, tokenizer.pad_id)
         table(f"soft gates, hard gates (α > {adapter.edits.config.threshold}) and share of them open",
               ["soft", "hard", "open"], {task: [soft[task], hard[task], sum(opened[task]) / k] for task in new})
-        print(f"{'mean':<14}{sum(soft.values()) / len(soft):>12.2f}{sum(hard.values()) / len(hard):>12.2f}")
+        rated = [task for task in new if suite.score[task] != "loss"]
+        if rated:
+            means = (sum(s[task] for task in rated) / len(rated) for s in (soft, hard))
+            print(f"{'mean, in %':<14}" + "".join(f"{value:>12.2f}" for value in means))
     report = adapter.report()
     print(f"\nlargest |R R^T - I|: {report['orthonormality_error']:.1e}")
     base = count_parameters(model.config)

@@ -11,6 +11,7 @@ task never share their operands; facts are asked about in other words.
 """
 
 import csv
+import io
 import json
 import math
 import random
@@ -50,19 +51,21 @@ class Row:
 
 @dataclass
 class Template:
-    """How a conversation becomes text; {} is what the user says, then the input where there are two."""
+    """How a conversation becomes text; {} is what the user says."""
 
     first: str  # the opening turn of the user
     later: str  # the turns after it
     answer: str = "{}"
-    paired: str | None = None  # an opening turn with an input; None: the input follows after a blank line
-    system: str = "{}\n\n{}"  # system text and opening turn
+    paired: str | None = None  # an opening turn of instruction and input; None: they are one text, a blank line between
+    system: str | None = None  # an opening turn of system text and instruction; None: the same
 
     def opening(self, instruction, given="", system=""):
-        instruction = self.system.format(system, instruction) if system else instruction
-        if given and self.paired:
+        if given and self.paired and not system:
             return self.paired.format(instruction, given)
-        return self.first.format(f"{instruction}\n\n{given}" if given else instruction)
+        instruction = f"{instruction}\n\n{given}" if given else instruction
+        if system and self.system:
+            return self.system.format(system, instruction)
+        return self.first.format(f"{system}\n\n{instruction}" if system else instruction)
 
     def example(self, task, row):
         """Example of a Row. A record without a prompt is plain text: no template, trained on from its second token."""
@@ -87,8 +90,9 @@ TEMPLATES = {
     "alpaca": Template(ALPACA.format("") + "\n\n" + SHORT, "\n\n" + SHORT, paired=ALPACA.format(
         ", paired with an input that provides further context") + "\n\n" + SHORT.replace(
         "\n\n### R", "\n\n### Input:\n{}\n\n### R")),
-    "llama2": Template("[INST] {} [/INST]", "<s>[INST] {} [/INST]", " {} ", system="<<SYS>>\n{}\n<</SYS>>\n\n{}"),
-    "llama3": Template(LLAMA3, LLAMA3),
+    "llama2": Template("[INST] {} [/INST]", "<s>[INST] {} [/INST]", " {} ",
+                       system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n{} [/INST]"),
+    "llama3": Template(LLAMA3, LLAMA3, system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>" + LLAMA3),
 }
 
 
@@ -307,7 +311,7 @@ def collate(group, pad):
 
 
 @torch.no_grad()
-def answer_scores(model, examples, pad, context, batch_size=100):
+def answer_scores(model, examples, pad, context, batch_size):
     """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels."""
     found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     for start in range(0, len(order), batch_size):
@@ -329,17 +333,18 @@ def percent(hits):
     return 100 * sum(hits) / len(hits)
 
 
-def exact(model, examples, tokenizer, context, new_tokens):
+def exact(model, examples, tokenizer, context, batch_size, new_tokens):
     """Greedy exact match. No generation is needed: an answer is what greedy decoding gives exactly when each of its
     tokens, EOS included, is the arg-max after the true tokens before it."""
-    return {"exact match": percent([hit for *_, hit in answer_scores(model, examples, tokenizer.pad_id, context)])}
+    scores = answer_scores(model, examples, tokenizer.pad_id, context, batch_size)
+    return {"exact match": percent([hit for *_, hit in scores])}
 
 
-def choice(model, examples, tokenizer, context, new_tokens):
+def choice(model, examples, tokenizer, context, batch_size, new_tokens):
     """Is the right choice the likeliest? By its log-probability, and by that for each byte of its text, since a long
     choice has a small probability whatever it says."""
     every = [c for e in examples for c in e.choices]
-    scores = iter(answer_scores(model, every, tokenizer.pad_id, context))
+    scores = iter(answer_scores(model, every, tokenizer.pad_id, context, batch_size))
     raw, by_byte = [], []
     for e in examples:
         sums = [next(scores)[0] for _ in e.choices]
@@ -356,7 +361,7 @@ def final_number(text):
     return found and found[1].replace(",", "")
 
 
-def gsm8k_answers(model, examples, tokenizer, context, new_tokens, batch_size=32):
+def gsm8k_answers(model, examples, tokenizer, context, batch_size, new_tokens):
     """Is the number after "####" in the generated text the right one?"""
     hits, order = [False] * len(examples), sorted(range(len(examples)), key=lambda i: examples[i].prompt)
     for start in range(0, len(order), batch_size):
@@ -369,9 +374,9 @@ def gsm8k_answers(model, examples, tokenizer, context, new_tokens, batch_size=32
     return {"final answer": percent(hits)}
 
 
-def loss(model, examples, tokenizer, context, new_tokens):
+def loss(model, examples, tokenizer, context, batch_size, new_tokens):
     """Mean over all trained tokens of their negative log-probability in nats, and its exponential."""
-    scores = answer_scores(model, examples, tokenizer.pad_id, context, batch_size=32)
+    scores = answer_scores(model, examples, tokenizer.pad_id, context, batch_size)
     value = -sum(s for s, *_ in scores) / sum(n for _, n, _ in scores)
     return {"loss": value, "perplexity": math.exp(min(value, 700))}
 
@@ -455,11 +460,11 @@ def wic(record):
 
 
 def copa(record):
-    joint = {"cause": "because", "effect": "so"}.get(record["question"])
+    joint = {"cause": "because", "effect": "so"}.get(text_of(record, "question"))
     if joint is None:
         raise ValueError(f"field 'question' is {record['question']!r}, expected 'cause' or 'effect'")
     options = [text_of(record, name) for name in ("choice1", "choice2")]
-    if record.get("label") not in (0, 1):
+    if type(record.get("label")) is not int or record["label"] not in (0, 1):
         raise ValueError(f"field 'label' is {record.get('label')!r}, expected 0 or 1")
     options = [option[0].lower() + option[1:] for option in options]
     return Row([(f"{text_of(record, 'premise').rstrip('.')} {joint}", options[record["label"]])], choices=options)
@@ -482,23 +487,21 @@ def text(record):
 
 
 def has(*names, label=None):
-    """Recognises records by their fields and, where two formats share those, by the labels that occur."""
-    return lambda records: all(n in records[0] for n in names) and (
-        label is None or {str(r.get("label")) for r in records} <= set(label))
+    """Recognises records by one that has all these fields and, where two formats share those, one of these labels."""
+    return lambda records: any(all(n in r for n in names) and (label is None or r["label"] in label) for r in records)
 
 
 # {name: (recognises records, how they are scored, record -> Row)}; the first that recognises a file's records is taken.
 FORMATS = {
     "chat": (has("messages"), "loss", chat),
     "boolq": (has("passage", "question", "label"), "choice", boolq),
-    "rte": (has("premise", "hypothesis", "label", label=("entailment", "not_entailment")), "choice", rte),
-    "cb": (has("premise", "hypothesis", "label"), "choice", cb),
+    "cb": (has("premise", "hypothesis", "label", label=("contradiction", "neutral")), "choice", cb),
+    "rte": (has("premise", "hypothesis", "label"), "choice", rte),
     "wic": (has("word", "sentence1", "sentence2", "label"), "choice", wic),
     "copa": (has("premise", "choice1", "choice2", "question", "label"), "choice", copa),
     "mmlu": (lambda records: has(*MMLU)(records) or has(*MMLU_NUMBERED)(records), "choice", mmlu),
     "alpaca": (has("instruction", "output"), "loss", alpaca),
-    "gsm8k": (lambda records: has("question", "answer")(records) and "####" in str(records[0]["answer"]),
-              "gsm8k", gsm8k),
+    "gsm8k": (lambda records: any("####" in str(r.get("answer")) for r in records if "question" in r), "gsm8k", gsm8k),
     "pair": (lambda records: any(has(p, a)(records) for p in PROMPTS for a in ANSWERS), "exact", pair),
     "text": (has("text"), "loss", text),
 }
@@ -511,10 +514,9 @@ def read_records(file):
         content = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    start = content.lstrip()[:1]
-    if start == "[":
+    if re.match(r"\s*\[\s*[\]{]", content):
         yield from read_array(file, content)
-    elif start == "{":
+    elif re.match(r'\s*\{\s*["}]', content):
         for line, piece in enumerate(content.split("\n"), 1):
             if piece.strip():
                 try:
@@ -522,15 +524,18 @@ def read_records(file):
                 except ValueError as error:
                     yield line, None, f"not valid JSON: {error}"
     else:
-        rows = csv.reader(content.splitlines(keepends=True))
-        names = next(rows, [])
-        if len(names) == len(MMLU) and names[-1].strip() in list("ABCD0123"):
-            yield rows.line_num, dict(zip(MMLU, names)), None
-            names = MMLU
-        for row in rows:
-            wrong = None if len(row) == len(names) else f"{len(row)} columns, expected {len(names)}"
-            if row:
-                yield rows.line_num, dict(zip(names, row)), wrong
+        rows = csv.reader(io.StringIO(content, newline=""))
+        try:
+            names = next(rows, [])
+            if len(names) == len(MMLU) and names[-1].strip() in list("ABCD0123"):
+                yield rows.line_num, dict(zip(MMLU, names)), None
+                names = MMLU
+            for row in rows:
+                wrong = None if len(row) == len(names) else f"{len(row)} columns, expected {len(names)}"
+                if row:
+                    yield rows.line_num, dict(zip(names, row)), wrong
+        except csv.Error as error:
+            raise ValueError(f"{file}:{rows.line_num}: not valid CSV: {error}") from None
 
 
 def read_array(file, content):
@@ -562,19 +567,19 @@ def read_files(files, skip_bad=False):
     """
     tasks = {}
     for entry in files:
-        name, _, file = entry.rpartition("=") if not Path(entry).exists() else ("", "", entry)
+        name, _, file = entry.partition("=") if "=" in entry and not Path(entry).exists() else ("", "", entry)
         name, rows, bad = name or task_name(file), [], []
         records = list(read_records(file))
         bad += [(line, error) for line, _, error in records if error]
         bad += [(line, "no object with named fields") for line, r, error in records
                 if not error and type(r) is not dict]
         good = [(line, r) for line, r, error in records if not error and type(r) is dict]
-        if not good and not (bad and not skip_bad):
+        if not good and not bad:
             raise ValueError(f"{file} holds no records")
         kind = next((k for k, f in FORMATS.items() if good and f[0]([r for _, r in good])), None)
         if good and kind is None:
             raise ValueError(f"{file}: the fields {', '.join(map(str, good[0][1]))} match no format; known: "
-                             f"{', '.join(FORMATS)} (README, \"What is recognised\")")
+                             f"{', '.join(FORMATS)} (README, \"Use your own checkpoint and data\")")
         for line, record in good:
             try:
                 rows.append(FORMATS[kind][2](record))
@@ -583,6 +588,8 @@ def read_files(files, skip_bad=False):
         if bad and not skip_bad:
             line, error = min(bad)
             raise ValueError(f"{file}:{line}: {error}; --skip-bad-rows leaves such rows out ({len(bad)} here)")
+        if not rows:
+            raise ValueError(f"{file} holds no record that its format takes; line {min(bad)[0]}: {min(bad)[1]}")
         print(f"{name}: {len(rows):,} records of format {kind} in {file}, scored by {FORMATS[kind][1]}"
               + (f"; {len(bad)} bad rows skipped" if bad else ""))
         if tasks.setdefault(name, (kind, []))[0] != kind:
@@ -632,8 +639,7 @@ def load_files(files, eval_files=(), general_files=(), shot_files=(), shots=0, s
         tests = {name: every for name, (_, every) in held.items()}
     kinds.update({name: kind for name, (kind, _) in (held | general).items()})
     tests.update({name: every[split == "test" :: 2] for name, (_, every) in general.items()})
-    if absent := [name for name in tests if shots and len(solved.get(name, ("", ()))[1]) < shots
-                  and FORMATS[kinds[name]][1] == "choice"]:
+    if absent := [name for name in tests if shots and len(solved.get(name, ("", ()))[1]) < shots]:
         raise ValueError(f"--shots {shots}: --shot-data has fewer rows for task {absent[0]!r}")
     tests = {name: [make(name, with_shots(row, solved[name][1][:shots]) if name in solved else row)
                     for row in every[: limit or None]] for name, every in tests.items() if every}

@@ -620,6 +620,9 @@ def answer_all(tokenizer, template, file, out, complete, room, generator, batch=
     """
     from data import read_records
 
+    if out.exists():
+        raise ValueError(f"--outputs {out} is there already: name a new file")
+    out.parent.mkdir(parents=True, exist_ok=True)
     records = []
     for line, record, error in read_records(file):
         if error or type(record) is not dict or not isinstance(record.get("instruction"), str):
@@ -648,10 +651,12 @@ def save_merged(model, adapter, checkpoint, out):
         raise ValueError(f"--save {out} holds something already: name a new folder")
     if adapter:
         adapter.merge()
-    with open_tensors(next(iter(tensor_files(checkpoint).values()))) as tensors:
-        dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    name, file = next(iter(tensor_files(checkpoint).items()))
+    with open_tensors(file) as tensors:
+        dtype = tensors.get_tensor(name).dtype
     model.to(dtype).save_pretrained(out)
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                 "chat_template.jinja", "chat_template.json"):
         if (checkpoint / file).exists():
             shutil.copy(checkpoint / file, out / file)
     print(f"{out}: a plain checkpoint, {str(dtype).removeprefix('torch.')}")
@@ -661,6 +666,7 @@ def main():
     import argparse
 
     from data import TEMPLATES, Tokenizer
+    from train import autocast, load_run, place
 
     parser = argparse.ArgumentParser(description="Load a checkpoint; complete a prompt, answer a file of them, or save "
                                      "it with an adapter merged in.", allow_abbrev=False)
@@ -675,29 +681,30 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", help="as in train.py, and so is --dtype")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     args = parser.parse_args()
     if (args.prompt is not None) + bool(args.save) + bool(args.prompts) != 1:
         raise ValueError('give one of "prompt", --prompts FILE and --save DIR')
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
 
-    adapter, trained_with = None, "auto"
+    adapter, saved = None, {}
+    device, dtype = place(args) if not args.save else (torch.device("cpu"), torch.float32)
     if args.adapter:
-        from train import load_run
-
-        model, adapter, _, saved = load_run(args.adapter, args.device, base=args.checkpoint)
-        trained_with = saved["settings"]["template"]
+        model, adapter, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
     else:
-        model = Llama.from_pretrained(args.checkpoint, args.device)
+        model = Llama.from_pretrained(args.checkpoint, device, dtype)
     if args.save:
         return save_merged(model, adapter, args.checkpoint, args.save)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    own = trained_with if trained_with != "auto" else tokenizer.template or "plain"
-    template, source = TEMPLATES[args.template or own], torch.Generator(args.device)
-    source.manual_seed(args.seed)
-    complete = lambda prompts: model.generate(
-        prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
+    template = TEMPLATES[args.template or saved.get("template") or tokenizer.template or "plain"]
+    source = torch.Generator(device).manual_seed(args.seed)
+
+    def complete(prompts):
+        with autocast(model):
+            return model.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
+
     if args.prompts:
         room = model.config.max_position_embeddings - args.max_new_tokens
         if room < 2:
@@ -710,7 +717,7 @@ def main():
     new = complete([prompt])[0]
     seconds = time.perf_counter() - start
     print(tokenizer.decode(new))
-    print(f"[{len(prompt)} prompt tokens, {len(new)} new tokens, {len(new) / seconds:.0f} tokens/s on {args.device}]")
+    print(f"[{len(prompt)} prompt tokens, {len(new)} new tokens, {len(new) / seconds:.0f} tokens/s on {device}]")
 
 
 if __name__ == "__main__":

@@ -680,6 +680,8 @@ def test_prompt_templates_are_the_published_ones():
     row = data.Row([("Q", "A"), ("R", "B")], system="S")
     assert "".join(text for text, _ in llama2.example("t", row).segments) == (
         "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A <s>[INST] R [/INST] B ")
+    assert llama3.opening("Q", system="S") == (
+        "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>" + llama3.opening("Q"))
     assert llama3.opening("Q") == ("<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
                                    "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
@@ -703,6 +705,18 @@ def test_a_bad_row_is_named_by_file_and_line_or_counted(tmp_path, capsys, conten
     assert str(error.value).startswith(f"{file}:{line}: ") and message in str(error.value)
     rows = data.read_files([str(file)], skip_bad=True)["rows"][1]
     assert len(rows) == 1 and "1 bad rows skipped" in capsys.readouterr().out
+
+
+def test_one_odd_row_does_not_change_a_files_format(tmp_path):
+    """Neither the first row nor a wrong label decides alone."""
+    rte = [{**CLAIM, "label": "entailment"}, {**CLAIM, "label": "not_entailment"}, {**CLAIM, "label": "neutrl"}]
+    problems = [{"question": "q", "answer": "?"}, {"question": "q", "answer": "#### 1"}]
+    orders = [{"instruction": "i"}, {"instruction": "i", "output": "o"}]
+    for kind, rows in (("rte", rte), ("gsm8k", problems), ("alpaca", orders)):
+        file = written(tmp_path / f"{kind}.json", rows)
+        assert data.read_files([str(file)], skip_bad=True)[kind][0] == kind
+        with pytest.raises(ValueError, match=f"{kind}.json:{3 if kind == 'rte' else 1}: "):
+            data.read_files([str(file)])
 
 
 def test_what_is_held_out_is_never_trained_on(tmp_path):
@@ -791,7 +805,7 @@ def test_choices_are_scored_as_a_naive_loop_with_transformers_does(tmp_path):
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     quiz = [{"question": f"What is {a} + {b}?", "A": str(a + b), "B": "one hundred", "C": str(b), "D": "ä",
              "answer": "ABCD"[(a + b) % 4]} for a, b in zip(range(10, 40), range(31, 61))]
-    copa = [{**COPA, "premise": f"Job {i}.", "choice1": "Zq", "choice2": "the job of " * i, "label": i % 3 == 1}
+    copa = [{**COPA, "premise": f"Job {i}.", "choice1": "Zq", "choice2": "the job of " * i, "label": int(i % 3 == 1)}
             for i in range(1, 20)]
     files = [written(tmp_path / "quiz.csv", quiz, "csv"), written(tmp_path / "copa.jsonl", copa)]
     for name, (kind, rows) in data.read_files(map(str, files)).items():
@@ -809,7 +823,7 @@ def test_choices_are_scored_as_a_naive_loop_with_transformers_does(tmp_path):
             rates = [s / len(c.strip().encode()) for s, c in zip(sums, e.choices)]
             raw += e.choices[sums.index(max(sums))] == answer
             by_byte += e.choices[rates.index(max(rates))] == answer
-        got = data.choice(model, data.encode(examples, tokenizer, [name]), tokenizer, lambda batch: None, 0)
+        got = data.choice(model, data.encode(examples, tokenizer, [name]), tokenizer, lambda batch: None, 16, 0)
         assert list(got.values()) == pytest.approx([100 * raw / len(rows), 100 * by_byte / len(rows)])
         assert kind == "mmlu" or got["choice"] != got["choice, by byte"], "both alike: the test shows nothing"
 
@@ -827,7 +841,7 @@ def test_loss_is_that_of_transformers(tmp_path):
         with torch.no_grad():
             total += theirs(ids, labels=ids).loss.item() * (len(e.ids) - 1)
         count += len(e.ids) - 1
-    got = data.loss(model, encoded, tokenizer, lambda batch: None, 0)
+    got = data.loss(model, encoded, tokenizer, lambda batch: None, 2, 0)
     assert got["loss"] == pytest.approx(total / count, abs=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 
@@ -845,7 +859,7 @@ def test_generated_answers_to_gsm8k_are_read_and_compared():
 
     rows = [data.Row([("q" * n, f"#### {a}")]) for n, a in ((9, "1200"), (3, "5"), (5, "1,200"), (1, "12"))]
     encoded = data.encode([data.TEMPLATES["plain"].example("g", row) for row in rows], tokenizer, ["g"])
-    assert data.gsm8k_answers(Parrot(), encoded, tokenizer, None, 64, batch_size=3) == {"final answer": 50.0}
+    assert data.gsm8k_answers(Parrot(), encoded, tokenizer, None, 3, 64) == {"final answer": 50.0}
 
 
 # ---------------------------------------------------------------------------------------------- every method
@@ -1109,7 +1123,7 @@ def test_the_first_token_cannot_tell_tasks_apart_and_the_prompts_mean_can(tmp_pa
     note = [line for line in text.splitlines() if line.startswith("note: --route-on")]
     assert len(note) == (route_on == "first_token")
     assert json.loads((out / "results.json").read_text())["report"]["constant_gates"] == (route_on == "first_token")
-    table = cli("csreft.py", out, "--eval-limit", "10").stdout.split("accuracy in %")[0].splitlines()
+    table = cli("csreft.py", out, "--eval-limit", "10").stdout.split("score in %")[0].splitlines()
     gates = {row.split()[0]: [float(x) for x in row.split()[1:]] for row in table
              if row.startswith(("currency", "cipher"))}
     apart = max(abs(a - b) for a, b in zip(gates["currency"], gates["cipher"]))
@@ -1634,7 +1648,10 @@ def test_model_outputs_are_alpaca_evals(tmp_path):
     (["--template", "alpaca"], ["--template"]),
     (["--data", "pairs.json", "pairs=boolq.json"], ["two files of task 'pairs'", "NAME=FILE"]),
     (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
-    (["--data", "boolq.json", "--shots", "3"], ["--shots 3", "'boolq'"]),
+    (["--data", "boolq.json", "--shots", "3"], ["--shot-data"]),
+    (["--data", "boolq.json", "--shots", "3", "--shot-data", "few=boolq.json"], ["--shots 3", "'boolq'"]),
+    (["--data", "pairs.json", "--eval-data", "boolq.json", "--eval-split", "validation"], ["--eval-data"]),
+    (["--data", "bad.csv", "--skip-bad-rows"], ["bad.csv holds no record", "1 columns"]),
     (["--data", "pairs.json", "--max-length", "3", "--too-long", "drop"], ["longer than --max-length 3"]),
     (["--data", "pairs.json", "--template", "chatty"], ["chatty", "alpaca", "llama3"]),
     (["--data", "pairs.json", "--method", "cofitune"], ["--general-data", "--layers 25%-50%"]),
@@ -1645,6 +1662,7 @@ def test_a_mistake_about_data_is_one_clear_line(tmp_path, args, names):
     written(tmp_path / "boolq.json", [{**PASSAGE, "label": True}] * 40)
     written(tmp_path / "odd.json", [{"colour": "red"}])
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "bad.csv").write_text("prompt,answer\nonly one\n")
     method = [] if "--method" in args else ["--method", "multilora"]
     message = one_line_error(HERE / "train.py", *method, *args, "--base", BASE, "--steps", "1", cwd=tmp_path)
     assert all(name in message for name in names), message

@@ -26,10 +26,11 @@ import numpy
 import safetensors
 import tokenizers
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import data
-from model import Adapter, Context, Llama, LlamaConfig, command_line, count_parameters, read_json, write_json
+from model import (Adapter, Context, Llama, LlamaConfig, command_line, count_parameters, open_tensors, read_json,
+                   write_json)
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("auto", *data.TEMPLATES)
@@ -107,7 +108,12 @@ class Config:
         else:
             of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows")
             if wrong := [name for name in of_files if getattr(self, name) not in (0, [], "proportional", "auto")]:
-                raise ValueError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in suite")
+                raise ValueError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in "
+                                 "suite")
+        if self.eval_data and self.eval_split != "test":
+            raise ValueError("--eval-data is the test data: leave out --eval-split validation")
+        if bool(self.shots) != bool(self.shot_data):
+            raise ValueError("--shots and --shot-data go together: how many solved examples, and from where")
 
     @property
     def builtin(self):
@@ -221,12 +227,12 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def evaluate(model, tests, tokenizer, kinds, new_tokens=256):
+def evaluate(model, tests, tokenizer, kinds, batch_size=48, new_tokens=256):
     """{task: {figure: value}}, the main figure first, for {task: encoded examples} and {task: key of data.SCORES}."""
     model.eval()
     context = lambda batch: Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
     with autocast(model):
-        return {task: data.SCORES[kinds[task]](model, examples, tokenizer, context, new_tokens)
+        return {task: data.SCORES[kinds[task]](model, examples, tokenizer, context, batch_size, new_tokens)
                 for task, examples in tests.items()}
 
 
@@ -378,7 +384,8 @@ def run(config, name, method_config, argv=()):
     model, adapter = job.start(method_config)  # every mistake has shown by now, and nothing old is deleted before
     clear_folder(job.out)
     write_json(job.out / "config.json", {
-        **job.asked, "method_settings": asdict(method_config), "tasks": suite.names, **provenance(argv)})
+        **job.asked, "method_settings": asdict(method_config), "tasks": suite.names,
+        "template": template_of(config, job.tokenizer), **provenance(argv)})
     results = learn(config, name, model, adapter, suite, encoded, job.tokenizer, job.out)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
     save_file(tensors, job.out / "adapter.safetensors", {"format": "pt"})
@@ -403,8 +410,8 @@ class Trials:
         limit = min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES)
         suite = load_suite(self.job.config, "validation", limit, self.job.tokenizer)
         if {suite.group[t] for t in suite.tests if suite.score[t] != "loss"} != {"new", "general"}:
-            raise ValueError("a search needs new and general tasks that are scored in percent: give --general-data, or "
-                             "make its choice yourself (CoFiTune: --layers 25%-50%)")
+            raise ValueError("a search needs new and general tasks that are scored in percent, not by loss: give such "
+                             "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
         return suite
 
     @cached_property
@@ -429,7 +436,8 @@ class Trials:
         examples, tests = self.encoded
         model, adapter = self.job.start(method_config)
         train(model, adapter, examples, replace(self.job.config, steps=steps), self.job.tokenizer.pad_id)
-        return evaluate(model, tests, self.job.tokenizer, self.suite.score, self.job.config.max_new_tokens)
+        return evaluate(model, tests, self.job.tokenizer, self.suite.score, self.job.config.batch_size,
+                        self.job.config.max_new_tokens)
 
     def estimate(self, method_config, steps):
         """Seconds that a trial will take, from the trials so far or from a few steps."""
@@ -447,10 +455,16 @@ class Trials:
 def load_suite(config, split, limit, tokenizer):
     if config.builtin:
         return data.load_builtin(config.tasks, split, limit, config.replay)
-    template = tokenizer.template or "plain" if config.template == "auto" else config.template
     files = [file for file in config.data if file != "builtin"]
     return data.load_files(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
-                           template, config.mix, config.skip_bad_rows)
+                           template_of(config, tokenizer), config.mix, config.skip_bad_rows)
+
+
+def template_of(config, tokenizer):
+    """The name of the prompt template that the data are written in."""
+    if config.builtin:
+        return "short"
+    return config.template if config.template != "auto" else tokenizer.template or "plain"
 
 
 def encode_suite(suite, tokenizer, config, longest):
@@ -477,7 +491,7 @@ def group_means(suite, scores):
 def learn(config, name, model, adapter, suite, encoded, tokenizer, out):
     """Score, train, score, and the table: what fine-tuning and pretraining share. Returns what results.json holds."""
     start, (examples, tests) = time.perf_counter(), encoded
-    scored = lambda: evaluate(model, tests, tokenizer, suite.score, config.max_new_tokens)
+    scored = lambda: evaluate(model, tests, tokenizer, suite.score, config.batch_size, config.max_new_tokens)
     total = count_parameters(model.config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
@@ -514,23 +528,27 @@ def summary(config, suite, before, after):
 
 
 def score_only(config, argv=()):
-    """Scores a base, or a finished run, on the same data that training would; writes results.json."""
+    """Scores a base, or a finished run, on the data named, else on the run's own; writes results.json."""
     device, dtype = place(config)
-    base, name = config.base, "base"
-    if config.adapter:
-        model, adapter, _, saved = load_run(config.adapter, device, dtype)
-        base, name = saved["settings"]["base"], saved["method"]
-        if config.template == "auto":  # the one that the run was trained with
-            config = replace(config, template=saved["settings"]["template"])
-    else:
-        check_base(config.base)
-        model, adapter = Llama.from_pretrained(base, device, dtype), None
-    tokenizer = data.Tokenizer.from_pretrained(base)
-    out = Path(config.out or f"out/eval-{name}")
+    base, name, out = config.base, "base", Path(config.out or "out/eval")
     check_folder(out, config.overwrite)
+    if config.adapter:
+        moved = None if base == Config.base else base  # else where the run found it
+        model, _, _, saved = load_run(config.adapter, device, dtype, moved)
+        base, name, settings = moved or saved["settings"]["base"], saved["method"], saved["settings"]
+        if config.builtin:
+            own = ("data", "eval_data", "general_data", "shot_data", "shots", "tasks", "template", "max_length",
+                   "too_long", "skip_bad_rows")
+            config = replace(config, **{key: settings[key] for key in own})
+        elif config.template == "auto":
+            config = replace(config, template=saved.get("template", "auto"))
+    else:
+        check_base(base)
+        model = Llama.from_pretrained(base, device, dtype)
+    tokenizer = data.Tokenizer.from_pretrained(base)
     suite, start = load_suite(config, config.eval_split, config.eval_limit, tokenizer), time.perf_counter()
     _, tests = encode_suite(replace(suite, train=[]), tokenizer, config, longest_of(config, model.config))
-    scores = evaluate(model, tests, tokenizer, suite.score, config.max_new_tokens)
+    scores = evaluate(model, tests, tokenizer, suite.score, config.batch_size, config.max_new_tokens)
     clear_folder(out)
     write_json(out / "config.json", {"settings": asdict(config), **provenance(argv)})
     results = {"method": name, "base": base, "adapter": config.adapter, **summary(config, suite, scores, scores),
@@ -594,7 +612,7 @@ def print_table(results):
     """The figures of each task before and after, one column where nothing was trained, and the group means."""
     trained = "trainable_parameters" in results
     line = lambda name, kind, *values: f"{name:<24}{kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
-    print("\n" + line("accuracy in %", results["eval_split"], *(("before", "after") if trained else ("score",))))
+    print("\n" + line("in % but for loss", results["eval_split"], *(("before", "after") if trained else ("score",))))
     for group, title in (("new", "speciality"), ("general", "versatility")):
         rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
         for task, s in rows.items():
@@ -624,10 +642,13 @@ def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
         raise ValueError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
     if checksum(base) != saved["base_sha256"]:
         raise ValueError(f"{run_dir} was trained on other weights than {base} holds now (base_sha256 differs)")
+    if saved["method"] not in find_methods():
+        raise ValueError(f"{run_dir} is a run of the method {saved['method']!r}, whose file is not here")
     method, defaults = find_methods()[saved["method"]]
     model = Llama.from_pretrained(base, device, dtype)
     adapter = start_adapter(model, method, type(defaults)(**saved["method_settings"]))
-    adapter.load_tensors(load_file(run_dir / "adapter.safetensors", device=str(device)))
+    with open_tensors(run_dir / "adapter.safetensors") as file:
+        adapter.load_tensors({name: file.get_tensor(name) for name in file.keys()})
     return model.eval(), adapter, method, saved
 
 

@@ -51,6 +51,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         make(base, shape, args.device)
+        torch.cuda.empty_cache()  # the runs below are processes of their own
         card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
         print(f"{args.shape}, {shape.num_hidden_layers} layers, {card}, batches of 16")
         for method, flags in METHODS.items():
