@@ -606,6 +606,12 @@ def with_shots(row, shots):
     return Row([(solved + user, assistant), *rest], row.given, row.system, row.choices)
 
 
+def hold_out(rows, place):
+    """(the rows that are left, every 20th row from this place on; at least the last one)"""
+    out = set(range(place, len(rows), 20)) or {len(rows) - 1}
+    return [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in sorted(out)]
+
+
 def load_files(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="test", limit=0, template="plain",
                mix="proportional", skip_bad=False):
     """Suite of user files. Without eval_files every 20th row is held out as test data; validation data, for choosing,
@@ -621,30 +627,26 @@ def load_files(files, eval_files=(), general_files=(), shot_files=(), shots=0, s
     if both := (rows.keys() | held.keys()) & general.keys():
         raise ValueError(f"task {min(both)!r} is both general and to be learned: name it apart with NAME=FILE")
     train, tests, kinds = {}, {}, {}
-    for name, (kind, every) in rows.items():
-        every_20th = lambda place: [i for i in range(len(every)) if i % 20 == place] or [len(every) - 1]
-        out = set(every_20th(9)) if split == "validation" else set()
-        tests[name] = [every[i] for i in sorted(out)]
+    for name, (kind, left) in rows.items():
         if not held:
-            last = set(every_20th(19))
-            tests[name] = tests[name] or [every[i] for i in sorted(last)]
-            print(f"{name}: every 20th row ({len(last)} of {len(every):,}) is held out and never trained on; "
-                  "--eval-data names other data")
-            out |= last
-        train[name] = [make(name, row) for i, row in enumerate(every) if i not in out]
-        if not train[name]:
-            raise ValueError(f"task {name!r} has too few rows ({len(every)}) to hold some out; give --eval-data")
-        kinds[name] = kind
+            left, tests[name] = hold_out(left, 19)
+            print(f"{name}: every 20th row ({len(tests[name])} of {len(rows[name][1]):,}) is held out and never trained "
+                  "on; --eval-data names other data")
+        if split == "validation" and left:
+            left, tests[name] = hold_out(left, 9)
+        if not left:
+            raise ValueError(f"task {name!r} has too few rows ({len(rows[name][1])}) to hold some out; give --eval-data")
+        train[name], kinds[name] = [make(name, row) for row in left], kind
     if held and split == "test":
         tests = {name: every for name, (_, every) in held.items()}
     kinds.update({name: kind for name, (kind, _) in (held | general).items()})
     tests.update({name: every[split == "test" :: 2] for name, (_, every) in general.items()})
     if absent := [name for name in tests if shots and len(solved.get(name, ("", ()))[1]) < shots]:
         raise ValueError(f"--shots {shots}: --shot-data has fewer rows for task {absent[0]!r}")
-    tests = {name: [make(name, with_shots(row, solved[name][1][:shots]) if name in solved else row)
+    tests = {name: [make(name, with_shots(row, solved[name][1][:shots]) if shots else row)
                     for row in every[: limit or None]] for name, every in tests.items() if every}
-    most = max(map(len, train.values()), default=0)
     if mix == "equal":
+        most = max(map(len, train.values()), default=0)
         train = {name: [every[i % len(every)] for i in range(most)] for name, every in train.items()}
     return Suite(list(train), [e for every in train.values() for e in every], tests,
                  {name: "general" if name in general else "new" for name in tests},

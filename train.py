@@ -161,7 +161,7 @@ def add_flags(group, defaults, skip=()):
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is list:
-            options.update(nargs="+", metavar="FILE")
+            options.update(nargs="+", metavar="FILE", help=f"{text} ({' '.join(getattr(defaults, f.name)) or 'none'})")
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:
