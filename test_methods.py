@@ -420,32 +420,28 @@ def test_checkpointing_runs_each_layer_again_and_changes_no_gradient(method):
 
 
 # A real checkpoint, in whose file only the head of the tied pair is, and a tokenizer without a pre-tokenizer.
-STORIES = HERE.parent / "shared" / "real" / "tinystories-656k"
-needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the files in ../shared/real/tinystories-656k")
-
-
-@needs_stories
+@needs_real
 def test_a_real_checkpoint_agrees_with_transformers():
     ids = torch.randint(3, 2048, (4, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = Llama.from_pretrained(STORIES)(ids)
-    torch.testing.assert_close(ours, their_logits(STORIES, ids), atol=1e-4, rtol=0)
+        ours = Llama.from_pretrained(TINY)(ids)
+    torch.testing.assert_close(ours, their_logits(TINY, ids), atol=1e-4, rtol=0)
 
 
-@needs_stories
+@needs_real
 def test_a_real_checkpoint_continues_a_story():
-    model, tokenizer = Llama.from_pretrained(STORIES), data.Tokenizer.from_pretrained(STORIES)
+    model, tokenizer = Llama.from_pretrained(TINY), data.Tokenizer.from_pretrained(TINY)
     new = model.generate([tokenizer.encode("Once upon a time")], 60, tokenizer.stop_ids)[0]
     assert tokenizer.decode(new).startswith(", a little girl named Lily lived in a small house with her mom, dad, and")
 
 
-@needs_stories
+@needs_real
 def test_a_real_tokenizer_gives_the_ids_of_its_files():
-    tokenizer = data.Tokenizer.from_pretrained(STORIES)
-    fast = tokenizers.Tokenizer.from_file(str(STORIES / "tokenizer.json"))
+    tokenizer = data.Tokenizer.from_pretrained(TINY)
+    fast = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
     for text in ("Once upon a time", "", " two  spaces", "Lily's mom said:\n\"No!\"", "élan 北京", "3.14 x 42"):
         wanted = fast.encode(text, add_special_tokens=False).ids
-        assert tokenizer.encode(text, start=False) == wanted and tokenizer.encode(text) == [1, *wanted], text
+        assert tokenizer.encode(text) == [1, *wanted], text
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 0, {2})
 
 
@@ -1576,7 +1572,8 @@ def test_every_method_learns_real_instructions_on_a_real_checkpoint(runs, tmp_pa
     again = tmp_path / "again"
     cli("train.py", "--eval-only", "--adapter", out, "--data", REAL / "alpaca" / "alpaca_en_demo.json", "--eval-limit",
         "20", "--out", again)
-    assert json.loads((again / "results.json").read_text())["tasks"]["alpaca_en_demo"]["after"] == row["after"]
+    assert json.loads((again / "results.json").read_text())["tasks"]["alpaca_en_demo"]["after"] == pytest.approx(
+        row["after"], abs=1e-5)
 
     if method == "csreft":
         assert "cannot be merged" in one_line_error("model.py", TINY, "--adapter", out, "--save", tmp_path / "merged")
