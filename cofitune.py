@@ -106,7 +106,7 @@ def plan(config, model_config, trial):
               lambda node: [(quarter, node[1]) for quarter in QUARTERS[node[0]]],
               lambda node: [(node[0], part) for part in PARTS[node[1]]])
     for children in levels:
-        nodes = children(chosen)
+        nodes = [node for node in children(chosen) if inside(node[0], model_config.num_hidden_layers)]
         tree.setdefault(chosen, []).extend(nodes)
         for layers, modules in nodes:
             node = replace(config, layers=layers, modules=modules, mask_on="none")
@@ -117,6 +117,12 @@ def plan(config, model_config, trial):
     print(draw_tree(tree, scores, path))
     print(f"chosen: --layers {chosen[0]} --modules {chosen[1]}", flush=True)
     return replace(config, layers=chosen[0], modules=chosen[1])
+
+
+def inside(layers, count):
+    """Whether a model of `count` layers has any in this range: a quarter of a very small one may be empty."""
+    low, high = (float(part.rstrip("%")) / 100 for part in layers.split("-"))
+    return any(low <= (i + 0.5) / count < high for i in range(count))
 
 
 def draw_tree(tree, scores, path, node=None, indent=""):

@@ -1358,7 +1358,7 @@ def test_the_tree_search_walks_to_the_best_node():
         def estimate(self, config, steps):
             return 1.0
 
-    chosen = cofitune.plan(cofitune.Config(search_steps=7), None, Trial())
+    chosen = cofitune.plan(cofitune.Config(search_steps=7), LlamaConfig(96, 32, 48, 8, 4), Trial())
     assert (chosen.layers, chosen.modules, chosen.mask_on) == ("25%-50%", "up_proj,down_proj", "update")
     assert len(asked) == len(set(asked)) == 6 + 2 + 3
     fixed = cofitune.Config(layers="3,9")
@@ -1367,6 +1367,21 @@ def test_the_tree_search_walks_to_the_best_node():
 
 SEARCH = ("train.py", "--method", "cofitune", "--tasks", "currency", "--steps", "3", "--search-steps", "2",
           "--batch-size", "4", "--eval-limit", "4", "--importance-batches", "2")
+
+
+def test_a_search_of_two_layers_skips_the_empty_quarters():
+    class Trial:
+        seen = []
+        estimate = lambda self, config, steps: 1.0
+
+        def __call__(self, config, steps):
+            assert parse_layers(config.layers, 2)
+            self.seen.append((config.layers, config.modules))
+            return len(self.seen), 0.0
+
+    chosen = cofitune.plan(cofitune.Config(), LlamaConfig(96, 32, 48, 2, 4), Trial())
+    assert ("75%-100%", cofitune.KINDS["FFN"]) in Trial.seen and "50%-75%" not in dict(Trial.seen)
+    assert (chosen.layers, chosen.modules) == Trial.seen[-1]
 
 
 def test_a_killed_search_resumes_and_chooses_the_same(tmp_path):

@@ -611,7 +611,7 @@ def peak_memory(device):
 def print_table(results):
     """The figures of each task before and after, one column where nothing was trained, and the group means."""
     trained = "trainable_parameters" in results
-    line = lambda name, kind, *values: f"{name:<24}{kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
+    line = lambda name, kind, *values: f"{name:<23} {kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
     print("\n" + line("in % but for loss", results["eval_split"], *(("before", "after") if trained else ("score",))))
     for group, title in (("new", "speciality"), ("general", "versatility")):
         rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
