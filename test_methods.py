@@ -1470,6 +1470,19 @@ def test_gradient_checkpointing_is_the_same_training(runs, tmp_path):
         torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", sorted(train.find_methods()))
+def test_every_method_trains_float32_tensors_beside_a_bfloat16_base(name):
+    """What a GPU does by default, here on the CPU: importance, penalties, loss and scoring under autocast."""
+    method, config = settled(name)
+    model, adapter = trained_on_builtin(method, config, steps=3, dtype=torch.bfloat16)
+    for p in model.parameters():
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    assert all(t.isfinite().all() for t in adapter.tensors().values())
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+    tests = {"add": data.encode(data.generate("add", "test")[:5], tokenizer, list(data.TASKS))}
+    assert 0 <= train.evaluate(model, tests, tokenizer, {"add": "exact"})["add"]["exact match"] <= 100
+
+
 def test_an_existing_run_is_never_overwritten_silently(runs):
     out = runs("--method", "multilora", *QUICK)
     before = (out / "results.json").read_bytes()

@@ -263,7 +263,8 @@ def train(model, adapter, examples, config, pad, log=None):
     per_step = config.batch_size * config.grad_accum
     draws = data.draw(examples, per_step, config.seed)
     collated = lambda group: data.collate(group, pad).to(device)
-    adapter.prepare(collated(group) for group in data.draw(examples, config.batch_size, config.seed))
+    with autocast(model):
+        adapter.prepare(collated(group) for group in data.draw(examples, config.batch_size, config.seed))
     groups = adapter.param_groups(config.lr, config.weight_decay)
     optimizer = torch.optim.AdamW(groups)
     params = [p for group in optimizer.param_groups for p in group["params"]]
