@@ -501,7 +501,8 @@ FORMATS = {
     "copa": (has("premise", "choice1", "choice2", "question", "label"), "choice", copa),
     "mmlu": (lambda records: has(*MMLU)(records) or has(*MMLU_NUMBERED)(records), "choice", mmlu),
     "alpaca": (has("instruction", "output"), "loss", alpaca),
-    "gsm8k": (lambda records: any("####" in str(r.get("answer")) for r in records if "question" in r), "gsm8k", gsm8k),
+    "gsm8k": (lambda records: any("####" in str(r.get("answer")) for r in records if "question" in r),
+              "gsm8k", gsm8k),
     "pair": (lambda records: any(has(p, a)(records) for p in PROMPTS for a in ANSWERS), "exact", pair),
     "text": (has("text"), "loss", text),
 }

@@ -25,7 +25,6 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from model import LINEARS, Adapter, command_line, find_linears, write_json
 

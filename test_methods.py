@@ -27,7 +27,7 @@ import csreft
 import data
 import multilora
 import train
-from model import Adapter, Context, Llama, LlamaConfig, find_linears, parse_layers
+from model import Context, Llama, LlamaConfig, find_linears, parse_layers
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "base"
