@@ -889,8 +889,8 @@ def main():
     else:
         names = list(TASKS)
         line = "{:<12}{:<9}{:<13}{:>7}{:>7}{:>6}{:>8}{:>9}{:>9}   {}".format
-        print(line("task", "group", "aspect", *SPLITS, "tokens", "longest", "trained", "first training example")
-              .replace("validation", "valid"))
+        print(line("task", "group", "aspect", "train", "valid", "test", "tokens", "longest", "trained",
+                   "first training example"))
         for name in names:
             splits = {split: generate(name, split) for split in SPLITS}
             example = splits["train"][0]
