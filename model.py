@@ -595,15 +595,15 @@ def parse_layers(text, count):
 
 
 def command_line(main):
-    """Runs a program. A user's mistake, which is a ValueError raised by a file of this folder or an OSError, becomes
-    one line and exit code 2; anything else is a bug and keeps its traceback."""
+    """Runs a program. A user's mistake, which is a ValueError raised by a file of this folder or of one in it, or an
+    OSError, becomes one line and exit code 2; anything else is a bug and keeps its traceback."""
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
         frame = error.__traceback__
         while frame.tb_next:
             frame = frame.tb_next
-        ours = Path(frame.tb_frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
+        ours = Path(__file__).resolve().parent in Path(frame.tb_frame.f_code.co_filename).resolve().parents[:2]
         if isinstance(error, ValueError) and not ours:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

@@ -1,32 +1,165 @@
-"""Prints finished runs as a Markdown table, one row for each name: the mean over seeds, and every seed.
+"""The README's tables, as Markdown.
 
-    python reproduce/table.py out/controls        # folders NAME-SEED with a results.json each
+    python reproduce/table.py --readme          # rewrites those between its marks from results/compare.json
+    python reproduce/table.py out/controls      # prints runs in folders NAME-SEED: the mean over seeds, and every seed
 """
 
 import json
+import re
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+STORED, README = HERE / "results" / "compare.json", HERE.parent / "README.md"
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
 
-def rows(folder):
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def deviation(values):
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+def plain(value):
+    """A rate as people write it: 0.002 -> 2e-3."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+# ---------------------------------------------------------------------------------------------- tables of compare.json
+
+
+def comparison(everything):
+    rows = []
+    for name, row in everything["compare"]["rows"].items():
+        low, high = zip(row["band"]["speciality"], row["band"]["versatility"])
+        rows.append([f"`{name}`", plain(row["lr"]), f"{row['share']:.1f} %",
+                     "**{:.1f}** ± {:.1f}".format(*row["speciality"]), f"{low[0]:.1f} to {high[0]:.1f}",
+                     "{:.1f} ± {:.1f}".format(*row["versatility"]), f"{low[1]:.1f} to {high[1]:.1f}",
+                     f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"])
+    return markdown(["method", "rate", "trained / base", "speciality", "its band", "versatility", "its band", "s",
+                     "MiB"], rows)
+
+
+def tasks(everything):
+    rows = everything["compare"]["rows"]
+    names = list(next(iter(rows.values()))["tasks"])
+    return markdown(["method", *names],
+                    [[f"`{name}`", *("{:.1f} ± {:.1f}".format(*row["tasks"][task]) for task in names)]
+                     for name, row in rows.items()])
+
+
+def tuning(everything):
+    table = everything["tune"]
+    cell = lambda lr, scores, best: f"{plain(float(lr))}: {'**' if best else ''}{scores[0]:.1f}{'**' if best else ''}"
+    return markdown(["method", "rate: speciality"], [
+        [f"`{name}`", ", ".join(cell(lr, s, float(lr) == table["best"][name]) for lr, s in row.items())]
+        for name, row in table["grid"].items()])
+
+
+def claims(name):
+    def table(everything):
+        def values(claim):
+            digits = 2 if claim["unit"] in ("share", "gate", "share of the subspace") else 1
+            return ", ".join(f"{a:.{digits}f} / {b:.{digits}f}" for a, b in zip(claim["ours"], claim["theirs"]))
+
+        return markdown(["claim", "verdict", "p", "each seed"], [
+            [claim["statement"], f"**{claim['verdict']}**", f"{claim['p']:.3f}", values(claim)]
+            for claim in everything[name]["claims"]])
+    return table
+
+
+def spectra(everything):
+    section = everything["multilora"]
+    titles = {"sft": "SFT", "multilora": "MultiLoRA, n 3, r 4", "lora": "LoRA, r 12",
+              "lora-equal-parameters": "LoRA, r 14"}
+    column = lambda name, key, digits: (f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+                                        if len(values := [row[key] for row in section["spectra"][name]]) > 1
+                                        else f"{values[0]:.{digits}f}")
+    return markdown(["", "trained", "new tasks", "first value's share", "effective rank",
+                     "subspace shared with SFT's update"], [
+        [title, f"{section['trainable_parameters'][name]:,}", deviation(section["accuracy"][name]),
+         column(name, "first_value_share", 3), column(name, "effective_rank", 1),
+         "" if name == "sft" else column(name, "similarity_to_sft", 3)] for name, title in titles.items()])
+
+
+def interference(everything):
+    section = everything["csreft"]["interference"]
+    names = list(next(iter(section.values()))[0])
+    cell = lambda pairs: "{:.1f} − {:.1f} = {:+.1f}".format(
+        *(statistics.mean(column) for column in zip(*[(a, b, a - b) for a, b in pairs])))
+    titles = {"csreft": "CS-ReFT", "loreft": "LoReFT", "lora": "LoRA"}
+    rows = [[task, *(cell([row[task] for row in section[name]]) for name in titles)] for task in names]
+    rows.append(["**mean**", *(cell([pair for row in section[name] for pair in row.values()]) for name in titles)])
+    return markdown(["alone − together", *titles.values()], rows)
+
+
+def front(everything):
+    section = everything["cofitune"]
+    titles = {"sft": "SFT", "coarse": "CoFiTune, coarse only", "cofitune": "CoFiTune", "wise-ft": "Wise-FT",
+              "sft-l2": "SFT with L2 to the base", "lora": "LoRA", "random-mask": "CoFiTune, random mask",
+              "sft-same-rate": "SFT, at the shared rate", "cofitune-same-rate": "CoFiTune, at the shared rate"}
+    rows = []
+    for name, title in titles.items():
+        if name not in section["scores"]:
+            continue
+        point = section["best"].get(name)
+        where = section["flags"].get(name, "").split()
+        rate = plain(float(where[where.index("--lr") + 1]) if where else point["lr"])
+        chosen = f"{point['speciality']:.1f} / {point['versatility']:.1f}" if point else ""
+        scores = section["scores"][name]
+        weight = f", weight {point['weight']:g}" if point and "weight" in point else ""
+        rows.append([title, rate + weight, chosen, deviation([s["speciality"] for s in scores]),
+                     deviation([s["versatility"] for s in scores])])
+    return markdown(["", "rate", "validation, seed 0", "speciality, test", "versatility, test"], rows)
+
+
+TABLES = {"comparison": comparison, "tasks": tasks, "tuning": tuning, "spectra": spectra,
+          "interference": interference, "front": front,
+          **{f"claims-{name}": claims(name) for name in ("multilora", "csreft", "cofitune")}}
+
+
+def rewritten(text, everything):
+    """A README with the tables between its marks made anew; KeyError for a mark that names no table."""
+    return MARK.sub(lambda m: m[1] + "\n" + TABLES[m[2]](everything) + "\n\n" + m[3], text)
+
+
+# ---------------------------------------------------------------------------------------------- the controls
+
+
+def runs_of(folder):
     """{name: [(seed, speciality, versatility)]} of the runs below a folder, in the order they were made."""
     found = defaultdict(list)
     for file in sorted(Path(folder).glob("*/results.json"), key=lambda file: file.stat().st_mtime):
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text(encoding="utf-8"))
         name = file.parent.name.rsplit("-", 1)[0]
         found[name].append((results["seed"], results["speciality"], results["versatility"]))
     return found
 
 
-def main():
-    if len(sys.argv) != 2 or not rows(sys.argv[1]):
-        sys.exit("table.py: error: give a folder that holds finished runs NAME-SEED, such as out/controls")
-    print("| run | speciality | versatility | Uni | seeds |\n|---|---|---|---|---|")
-    for name, runs in rows(sys.argv[1]).items():
+def controls(folder):
+    rows = []
+    for name, runs in runs_of(folder).items():
         mean = [sum(column) / len(runs) for column in list(zip(*runs))[1:]]
         seeds = ", ".join(f"{s:.1f} / {v:.1f}" for _, s, v in sorted(runs))
-        print(f"| {name} | {mean[0]:.1f} | {mean[1]:.1f} | {sum(mean):.1f} | {seeds} |")
+        rows.append([name, f"{mean[0]:.1f}", f"{mean[1]:.1f}", f"{sum(mean):.1f}", seeds])
+    return markdown(["run", "speciality", "versatility", "Uni", "seeds"], rows)
+
+
+def main():
+    if sys.argv[1:] == ["--readme"]:
+        if not STORED.exists():
+            sys.exit(f"table.py: error: {STORED} does not exist; python reproduce/compare.py writes such a file")
+        everything = json.loads(STORED.read_text(encoding="utf-8"))
+        README.write_text(rewritten(README.read_text(encoding="utf-8"), everything), encoding="utf-8")
+    elif len(sys.argv) == 2 and runs_of(sys.argv[1]):
+        print(controls(sys.argv[1]))
+    else:
+        sys.exit("table.py: error: give --readme, or a folder that holds finished runs NAME-SEED, such as out/controls")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,627 @@
+"""All methods on the same data over seeds, and a verdict on the claim of each paper.
+
+    python reproduce/compare.py --seeds 5                    # every method at its best learning rate
+    python reproduce/compare.py --claim multilora            # or csreft, or cofitune
+    python reproduce/compare.py --tune                       # how the rates were chosen
+
+Each run is a `train.py` run, in a process and a folder of its own below --out; what is finished is never run again, so
+a command may be interrupted and started again. compare.json and compare.csv in --out hold all figures. Learning rates
+come from there once --tune has run, else from `reproduce/results/compare.json`, which is what the README shows.
+
+Everything is chosen on seed 0 and validation data. Claims are judged on test data and on seeds that nothing was chosen
+with, by a one-sided exact sign test over the seeds: it *holds* where p < 0.05, *does not hold* where p < 0.05 the other
+way, and is *undecided* else. Five seeds out of five are p = 0.031.
+
+Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+
+import csreft  # noqa: E402
+import data  # noqa: E402
+import multilora  # noqa: E402
+import train  # noqa: E402
+from model import LINEARS, Llama, command_line, read_json, write_json  # noqa: E402
+
+STORED = HERE / "results" / "compare.json"
+
+# ---------------------------------------------------------------------------------------------- the protocol
+
+CHOSEN_WITH = 0  # the seed of every choice
+SEEDS = range(11, 31)  # `--seeds 5` takes the first five
+
+# All six new tasks, the same examples in the same order for every method.
+ALL = "--steps 800 --batch-size 24"
+QUICK = "--steps 150 --batch-size 24 --eval-limit 50"
+# CoFiTune's claim: the two fact tasks, which every method learns whole, so that only forgetting differs.
+FACTS = "--tasks currency,tool --steps 600 --batch-size 24"
+PART = "--method cofitune --layers 50%-100% --modules gate_proj,up_proj,down_proj"  # the first winner of its search
+
+METHODS = {"sft": "--method sft", "lora": "--method lora", "multilora": "--method multilora",
+           "loreft": "--method loreft", "csreft": "--method csreft", "cofitune": PART}
+# {row: (flags, rates)}. The best rate is the one with the highest speciality.
+GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
+        "lora": (METHODS["lora"], (2e-3, 4e-3, 8e-3)),
+        "multilora": (METHODS["multilora"], (4e-3, 8e-3, 1.6e-2)),
+        "loreft": (METHODS["loreft"], (2.5e-3, 5e-3, 1e-2, 2e-2)),
+        "csreft": (METHODS["csreft"], (5e-3, 1e-2, 2e-2)),
+        "cofitune": (METHODS["cofitune"], (2e-3, 4e-3, 8e-3)),
+        # where MultiLoRA might be ahead: a quarter of the rank
+        "multilora-rank-3": (METHODS["multilora"] + " --rank 1 --alpha 2", (8e-3, 1.6e-2)),
+        "lora-rank-3": (METHODS["lora"] + " --rank 3 --alpha 6", (4e-3, 8e-3))}
+# MultiLoRA's count needs a rank of 13.7 in LoRA (16.1 % of the base); it takes LoRA's rate.
+EQUAL_PARAMETERS = METHODS["lora"] + " --rank 14 --alpha 28"
+FIRST_TOKEN = METHODS["csreft"] + " --route-on first_token"
+# Speciality against versatility, one line for each row and one point for each rate, on the fact tasks.
+FRONT = {"sft": ("--method sft", (1e-4, 2e-4, 4e-4, 1e-3, 2e-3, 4e-3)),
+         "sft-l2": ("--method sft --l2-to-base 1e-2", (2e-4, 5e-4, 1e-3, 2e-3)),
+         "lora": ("--method lora", (5e-4, 1e-3, 2e-3, 4e-3)),
+         "coarse": (PART + " --mask-on none", (2e-4, 5e-4, 1e-3, 2e-3)),
+         "cofitune": (PART, (1e-3, 2e-3, 4e-3, 8e-3))}
+WISE_FROM = (4e-4, 1e-3, 2e-3)  # rates of the SFT runs that Wise-FT starts from
+WISE_WEIGHTS = tuple(w / 10 for w in range(1, 10))  # share of the fine-tuned weights; 0 is the base, 1 is SFT
+ENOUGH = 2.0  # points below SFT's best speciality that still count as "about equal"
+SPECTRUM = 12  # singular values of each update, the total rank of MultiLoRA and LoRA
+
+# Protocols tried for a claim, the judged one last. What was seen before it, on validation data or on seed 0, is in
+# README and in the history of this repository.
+TRIED = {
+    "multilora": ["all six tasks, total rank 12, 600 steps of 48, seed 0", "the same, judged over seeds, 800 of 24"],
+    "csreft": ["all six tasks, ranks 20, 2,000 steps of 24, seed 0", "the same, judged over seeds, 800 of 24"],
+    "cofitune": ["all six tasks, 600 steps of 48, seed 0", "fact tasks, 300 steps of 48, seed 0",
+                 "fact tasks, 600 steps of 48, seed 0", "fact tasks, 1,200 steps of 24, seeds 0 to 2",
+                 "fact tasks, 600 steps of 24, judged over seeds"]}
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a table at one seed; kind names the function that makes it."""
+
+    name: str
+    flags: str
+    seed: int
+    split: str = "test"
+    kind: str = "whole"
+
+    @property
+    def folder(self):
+        return f"{self.name}{'' if self.kind == 'whole' else '-' + self.kind}-{self.split}-{self.seed}"
+
+    def settings(self):
+        """(train.Config, the method's Config)"""
+        argv = [*shlex.split(self.flags), "--seed", str(self.seed), "--eval-split", self.split]
+        return train.parse(argv, train.find_methods())
+
+    @cached_property
+    def identity(self):
+        """What must be equal for a run in the folder to be this one."""
+        config, method_config = self.settings()
+        return {"settings": asdict(config), "method_settings": asdict(method_config), "kind": self.kind,
+                "base_sha256": train.checksum(Path(config.base))}
+
+
+def at(flags, lr):
+    return f"{flags} --lr {lr:g}"
+
+
+def finished(run, out):
+    """The results of a run, None where it is not there yet. Raises ValueError where its folder holds another run."""
+    folder = out / run.folder
+    if (folder / "run.json").exists() and read_json(folder / "run.json") != run.identity:
+        raise ValueError(f"{folder} holds a run with other settings: remove the folder, or give another --out")
+    return read_json(folder / "results.json") if (folder / "results.json").exists() else None
+
+
+def execute(run, out, threads):
+    """One run in a process of its own; what it prints goes to log.txt in its folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its children
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    folder = out / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", run.identity)
+    with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        config, method_config = run.settings()
+        try:
+            KINDS[run.kind](replace(config, out=str(folder), overwrite=True), method_config, folder)
+        except ValueError as error:
+            print(error)
+            sys.exit(2)
+
+
+def whole(config, method_config, folder):
+    train.run(config, config.method, method_config, ["..."])
+
+
+def alone(config, method_config, folder):
+    """Each new task trained on its own, on as many examples of it as the run on all tasks sees. Scored tasks are kept
+    at once."""
+    tasks = list(data.NEW)
+    done = read_json(folder / "alone.json") if (folder / "alone.json").exists() else {}
+    start = time.perf_counter()
+    for task in tasks:
+        if task in done:
+            continue
+        one = replace(config, tasks=task, steps=round(config.steps / len(tasks)))
+        job = train.open_job(one, config.method, method_config)
+        suite = train.load_suite(one, one.eval_split, one.eval_limit, job.tokenizer)
+        examples, tests = train.encode_suite(suite, job.tokenizer, one, job.longest)
+        model, adapter = job.start(method_config)
+        train.train(model, adapter, examples, one, job.tokenizer.pad_id)
+        figures = train.evaluate(model, {task: tests[task]}, job.tokenizer, suite.score, one.batch_size)
+        done[task] = figures[task]["exact match"]
+        write_json(folder / "alone.json", done)
+    write_json(folder / "results.json", {"alone": done, "seconds": time.perf_counter() - start})
+
+
+def wise(config, method_config, folder):
+    """Wise-FT (Wortsman et al., arXiv 2109.01903): θ_base + w (θ_sft - θ_base), every w scored from one SFT run."""
+    start = time.perf_counter()
+    source = folder.parent / folder.name.replace("-wise-", "-")
+    model, adapter, _, _ = train.load_run(source)
+    tuned = {name: p.detach().clone() for name, p in adapter.trained.items()}
+    base = Llama.from_pretrained(config.base).state_dict()
+    tokenizer = data.Tokenizer.from_pretrained(config.base)
+    suite = train.load_suite(config, config.eval_split, config.eval_limit, tokenizer)
+    _, tests = train.encode_suite(replace(suite, train=[]), tokenizer, config,
+                                  train.longest_of(config, model.config))
+    points = []
+    for weight in WISE_WEIGHTS:
+        with torch.no_grad():
+            for name, p in adapter.trained.items():
+                p.copy_(torch.lerp(base[name], tuned[name], weight))
+        scores = train.evaluate(model, tests, tokenizer, suite.score, config.batch_size)
+        speciality, versatility = train.group_means(suite, scores)
+        points.append({"weight": weight, "speciality": speciality, "versatility": versatility})
+        print(points[-1], flush=True)
+    write_json(folder / "results.json", {"points": points, "seconds": time.perf_counter() - start})
+
+
+KINDS = {"whole": whole, "alone": alone, "wise": wise}
+
+
+def work(runs, args, title):
+    """{run: results}: makes what is missing, `--jobs` runs at a time; prints the budget, then a line for each run."""
+    results = {run: finished(run, args.out) for run in runs}
+    left = [run for run in runs if results[run] is None]
+    guess = {run: expected_seconds(run, args) for run in left}
+    if left:
+        print(f"{title}: {len(left)} of {len(runs)} runs to make, about {sum(guess.values()) / args.jobs / 60:.0f} "
+              f"minutes, {args.jobs} at a time with {args.threads} threads each", flush=True)
+    spawn, lock, start, spent = multiprocessing.get_context("spawn"), threading.Lock(), time.perf_counter(), [0.0]
+    workers = []
+
+    def one(run):
+        process = spawn.Process(target=execute, args=(run, args.out, args.threads), daemon=True)
+        workers.append(process)
+        process.start()
+        process.join()
+        if process.exitcode:
+            log = (args.out / run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+            raise ValueError(f"{args.out / run.folder} ended with code {process.exitcode}: {log[-1] if log else ''}")
+        with lock:
+            results[run] = finished(run, args.out)
+            spent[0] += guess.pop(run)
+            ahead = sum(guess.values()) * (time.perf_counter() - start) / spent[0]
+            print(f"  {run.folder:<42}{figures_of(results[run])}  {results[run]['seconds']:>4.0f} s   "
+                  f"{len(guess)} left, ETA {train.clock(ahead)}", flush=True)
+
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        list(pool.map(one, left))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
+            if process.is_alive():
+                process.terminate()
+    return results
+
+
+def expected_seconds(run, args):
+    """What this row took when it was last measured, else a guess."""
+    for file in (args.out / "compare.json", STORED):
+        known = read_json(file).get("seconds", {}) if file.exists() else {}
+        if kind_of(run) in known:
+            return known[kind_of(run)]
+    return 130.0 * run.settings()[0].steps / 800
+
+
+def kind_of(run):
+    return f"{run.name} {run.kind} {run.settings()[0].steps}"
+
+
+def figures_of(results):
+    if "speciality" in results:
+        return f"{results['speciality']:>6.1f} /{results['versatility']:>5.1f}"
+    return " " * 13
+
+
+# ---------------------------------------------------------------------------------------------- what is measured
+
+
+def brief(results):
+    """What compare.json keeps of a run."""
+    return {"speciality": results["speciality"], "versatility": results["versatility"],
+            "tasks": {task: s["after"] for task, s in results["tasks"].items() if s["group"] == "new"},
+            "trainable_parameters": results["trainable_parameters"],
+            "share": 100 * results["trainable_parameters"] / results["total_parameters"],
+            "seconds": results["seconds"], "peak_memory_bytes": results["peak_memory_bytes"]}
+
+
+def spectrum(folder, sft):
+    """Means over the adapted weights of a run: the singular values, their spread, and the similarity to SFT's."""
+    torch.set_num_threads(1)
+    deltas, theirs = multilora.changes(folder)[0], multilora.changes(sft)[0]
+    names = [name for name in deltas if name.removesuffix(".weight").endswith(LINEARS)]
+    values = torch.stack([multilora.singular_values(deltas[name], SPECTRUM) for name in names])
+    shares, ranks = zip(*(multilora.spread(v) for v in values))
+    alike = [multilora.similarity(deltas[name], theirs[name], SPECTRUM) for name in names]
+    return {"values": values.mean(0).tolist(), "first_value_share": statistics.mean(shares),
+            "effective_rank": statistics.mean(ranks), "similarity_to_sft": statistics.mean(alike)}
+
+
+def gates(folder):
+    """{"gates": {task: (k,)}, "spread": the largest difference between two tasks' mean gates in one subspace}"""
+    model, adapter, _, saved = train.load_run(folder)
+    config = train.Config(**saved["settings"])
+    tokenizer = data.Tokenizer.from_pretrained(config.base)
+    suite = train.load_suite(config, config.eval_split, config.eval_limit, tokenizer)
+    tests = {task: examples for task, examples in suite.tests.items() if suite.group[task] == "new"}
+    _, encoded = train.encode_suite(replace(suite, train=[], tests=tests), tokenizer, config,
+                                    train.longest_of(config, model.config))
+    means = csreft.gates_by_task(model, adapter, encoded, tokenizer.pad_id)
+    return {"gates": means, "spread": max(max(column) - min(column) for column in zip(*means.values()))}
+
+
+# ---------------------------------------------------------------------------------------------- the statistics
+
+
+def sign_test(differences):
+    """(p, p the other way): exact and one-sided, for the claim that differences are positive. Ties are left out."""
+    wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    n = wins + losses
+    at_least = lambda count: sum(math.comb(n, k) for k in range(count, n + 1)) / 2**n
+    return at_least(wins), at_least(losses)
+
+
+def judge(statement, seeds, ours, theirs, unit="points"):
+    """A statement "ours is larger", with its verdict. ours, theirs: a value for each seed."""
+    differences = [a - b for a, b in zip(ours, theirs)]
+    p, p_other = sign_test(differences)
+    verdict = "holds" if p < 0.05 else "does not hold" if p_other < 0.05 else "undecided"
+    return {"statement": statement, "unit": unit, "seeds": list(seeds), "ours": ours, "theirs": theirs,
+            "mean_difference": statistics.mean(differences), "p": p, "p_other_way": p_other, "verdict": verdict}
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def band(values):
+    """[low, high]: the seeds' minimum to maximum, widened by one standard deviation."""
+    return [min(values) - spread(values), max(values) + spread(values)]
+
+
+# ---------------------------------------------------------------------------------------------- storing and showing
+
+
+def load(args):
+    file = args.out / "compare.json"
+    return read_json(file) if file.exists() else {}
+
+
+def store(args, section, value, runs=()):
+    """Puts a section into compare.json in --out and remembers how long its runs took."""
+    everything = load(args)
+    everything[section] = value
+    seconds = everything.setdefault("seconds", {})
+    for run, results in dict(runs).items():
+        seconds[kind_of(run)] = round(results["seconds"], 1)
+    everything["machine"] = {"cpu_cores": os.cpu_count(), "jobs": args.jobs, "threads": args.threads,
+                             **train.provenance([])["versions"]}
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "compare.json", everything)
+    rows = [("section", "row", "seed", "figure", "value"), *flat(everything)]
+    with open(args.out / "compare.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def flat(everything):
+    """Every figure of every run as a row of compare.csv."""
+    for section in ("compare", "quick"):
+        for name, row in everything.get(section, {}).get("rows", {}).items():
+            for seed, results in row["seeds"].items():
+                scores = {key: value for key, value in results.items() if key != "tasks"}
+                for figure, value in {**scores, **results["tasks"]}.items():
+                    yield section, name, seed, figure, value
+    for section in ("multilora", "csreft", "cofitune"):
+        for claim in everything.get(section, {}).get("claims", []):
+            for seed, ours, theirs in zip(claim["seeds"], claim["ours"], claim["theirs"]):
+                yield section, claim["statement"], seed, "ours", ours
+                yield section, claim["statement"], seed, "theirs", theirs
+
+
+def rates(args):
+    """{method: learning rate}: chosen by --tune here, else the stored ones."""
+    for found in (load(args), read_json(STORED) if STORED.exists() else {}):
+        if "tune" in found:
+            return found["tune"]["best"]
+    raise ValueError(f"no learning rates in {args.out / 'compare.json'} nor in {STORED}: run with --tune first")
+
+
+def show(rows):
+    """The comparison: mean ± standard deviation over seeds."""
+    print(f"\n{'':<12}{'rate':>8}{'trained / base':>16}{'speciality':>16}{'versatility':>16}{'s':>7}{'MiB':>7}")
+    for name, row in rows.items():
+        cell = lambda figure: "{:.1f} ± {:.1f}".format(*row[figure])
+        print(f"{name:<12}{row['lr']:>8g}{row['share']:>14.2f} %{cell('speciality'):>16}{cell('versatility'):>16}"
+              f"{row['seconds']:>7.0f}{row['peak_memory_bytes'] / 2**20:>7.0f}")
+
+
+def show_claims(name, claims):
+    print(f"\n{name}: {len(TRIED[name])} protocols tried, the last one judged here")
+    for claim in claims:
+        pairs = ", ".join(f"{a:.3g} : {b:.3g}" for a, b in zip(claim["ours"], claim["theirs"]))
+        print(f"- {claim['statement']}: {claim['verdict'].upper()}, p = {claim['p']:.3f} "
+              f"(the other way {claim['p_other_way']:.3f})\n  by seed ({claim['unit']}): {pairs}")
+
+
+# ---------------------------------------------------------------------------------------------- tuning
+
+
+def tune(args):
+    """Every rate of the grid at one seed, scored on validation data; the highest speciality is best."""
+    grid = {(name, lr): Run(f"tune-{name}@{lr:g}", f"{at(flags, lr)} {ALL}", CHOSEN_WITH, "validation")
+            for name, (flags, lrs) in GRID.items() for lr in lrs}
+    results = work(list(grid.values()), args, "tuning")
+    table = {name: {f"{lr:g}": [results[grid[name, lr]][key] for key in ("speciality", "versatility")] for lr in lrs}
+             for name, (_, lrs) in GRID.items()}
+    best = {name: max(row, key=lambda lr: row[lr][0]) for name, row in table.items()}
+    print(f"\nspeciality / versatility on validation data, seed {CHOSEN_WITH}; * is the best rate")
+    for name, row in table.items():
+        print(f"{name:<18}" + "".join(f"{lr:>8}{'*' if lr == best[name] else ' '}{s:>6.1f} /{v:>5.1f}"
+                                      for lr, (s, v) in row.items()))
+    for name, lr in best.items():
+        if lr in (list(table[name])[0], list(table[name])[-1]):
+            print(f"note: the best rate of {name} is at the edge of its grid")
+    store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table,
+                         "best": {name: float(lr) for name, lr in best.items()}},
+          {grid[key]: results[grid[key]] for key in grid})
+
+
+# ---------------------------------------------------------------------------------------------- the comparison
+
+
+def whole_runs(args, names, protocol, prefix=""):
+    """{(name, seed): Run} of methods at their best rates, on test data. names: {name: flags}."""
+    best = rates(args)
+    return {(name, seed): Run(prefix + name, f"{at(flags, best.get(name, best[name.split('-')[0]]))} {protocol}", seed)
+            for seed in seeds_of(args) for name, flags in names.items()}
+
+
+def seeds_of(args):
+    return list(SEEDS[: args.seeds])
+
+
+def compare(args):
+    names = {name: METHODS[name] for name in args.methods or METHODS}
+    protocol = QUICK if args.quick else ALL
+    runs = whole_runs(args, names, protocol, "quick-" if args.quick else "")
+    results = work(list(runs.values()), args, "comparison")
+    rows, best = {}, rates(args)
+    for name in names:
+        seeds = {seed: brief(results[runs[name, seed]]) for seed in seeds_of(args)}
+        column = lambda figure: [s[figure] for s in seeds.values()]
+        rows[name] = {"lr": best[name], "flags": names[name], "seeds": {str(s): r for s, r in seeds.items()},
+                      **{key: [statistics.mean(column(key)), spread(column(key))]
+                         for key in ("speciality", "versatility")},
+                      "band": {key: band(column(key)) for key in ("speciality", "versatility")},
+                      "tasks": {task: [statistics.mean(s["tasks"][task] for s in seeds.values()),
+                                       spread([s["tasks"][task] for s in seeds.values()])] for task in data.NEW},
+                      "trainable_parameters": column("trainable_parameters")[0], "share": column("share")[0],
+                      "seconds": statistics.median(column("seconds")),
+                      "peak_memory_bytes": max(column("peak_memory_bytes"))}
+    show(rows)
+    store(args, "quick" if args.quick else "compare", {"protocol": protocol, "seeds": seeds_of(args), "rows": rows},
+          {run: results[run] for run in runs.values()})
+
+
+# ---------------------------------------------------------------------------------------------- the claims
+
+
+def claim_multilora(args):
+    """Accuracy against LoRA at equal total rank and at equal parameter count; the spectra of the learned updates."""
+    names = {"sft": METHODS["sft"], "multilora": METHODS["multilora"], "lora": METHODS["lora"],
+             "lora-equal-parameters": EQUAL_PARAMETERS}
+    seeds = seeds_of(args)
+    runs = whole_runs(args, names, ALL)
+    results = work(list(runs.values()), args, "MultiLoRA's claim")
+    accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds] for name in names}
+    spectra = {name: [spectrum(args.out / runs[name, seed].folder, args.out / runs["sft", seed].folder)
+                      for seed in seeds] for name in names}
+    ours, theirs = spectra["multilora"], spectra["lora"]
+    column = lambda rows, key, sign=1: [sign * row[key] for row in rows]
+    claims = [
+        judge("accuracy on the new tasks: MultiLoRA above LoRA at equal total rank", seeds,
+              accuracy["multilora"], accuracy["lora"]),
+        judge("accuracy on the new tasks: MultiLoRA above LoRA at equal parameter count", seeds,
+              accuracy["multilora"], accuracy["lora-equal-parameters"]),
+        judge("share of ΔW's first singular value: LoRA's above MultiLoRA's", seeds,
+              column(theirs, "first_value_share"), column(ours, "first_value_share"), "share"),
+        judge("effective rank of ΔW: MultiLoRA's above LoRA's", seeds,
+              column(ours, "effective_rank"), column(theirs, "effective_rank"), "directions"),
+        judge("effective rank of ΔW: LoRA further from SFT's than MultiLoRA", seeds,
+              *[[abs(a["effective_rank"] - b["effective_rank"]) for a, b in zip(rows, spectra["sft"])]
+                for rows in (theirs, ours)], "directions"),
+        judge("similarity of ΔW to SFT's: MultiLoRA's above LoRA's", seeds,
+              column(ours, "similarity_to_sft"), column(theirs, "similarity_to_sft"), "share of the subspace")]
+    shares = {name: results[runs[name, seeds[0]]]["trainable_parameters"] for name in names}
+    show_claims("multilora", claims)
+    store(args, "multilora", {"protocol": ALL, "tried": TRIED["multilora"], "claims": claims, "accuracy": accuracy,
+                              "spectra": spectra, "trainable_parameters": shares},
+          {run: results[run] for run in runs.values()})
+
+
+def claim_csreft(args):
+    """Interference of each task: trained alone, on as many of its examples, minus trained together. And the gates."""
+    names = {"csreft": METHODS["csreft"], "loreft": METHODS["loreft"], "lora": METHODS["lora"]}
+    seeds = seeds_of(args)
+    runs = whole_runs(args, {**names, "csreft-first-token": FIRST_TOKEN}, ALL)
+    by_itself = {(name, seed): replace(runs[name, seed], kind="alone") for name in names for seed in seeds}
+    results = work([*runs.values(), *by_itself.values()], args, "CS-ReFT's claim")
+    interference = {name: [{
+        task: [results[by_itself[name, seed]]["alone"][task], results[runs[name, seed]]["tasks"][task]["after"]]
+        for task in data.NEW} for seed in seeds] for name in names}
+    lost = {name: [statistics.mean(a - b for a, b in row.values()) for row in rows]
+            for name, rows in interference.items()}
+    accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds]
+                for name in (*names, "csreft-first-token")}
+    opened = {name: [gates(args.out / runs[name, seed].folder) for seed in seeds]
+              for name in ("csreft", "csreft-first-token")}
+    widths = {name: [row["spread"] for row in rows] for name, rows in opened.items()}
+    claims = [
+        judge("interference: LoReFT's, at equal total rank, above CS-ReFT's", seeds, lost["loreft"], lost["csreft"]),
+        judge("interference: LoRA's above CS-ReFT's", seeds, lost["lora"], lost["csreft"]),
+        judge("accuracy on the new tasks: CS-ReFT above LoReFT", seeds, accuracy["csreft"], accuracy["loreft"]),
+        judge("accuracy on the new tasks: CS-ReFT above LoRA", seeds, accuracy["csreft"], accuracy["lora"]),
+        judge("largest difference of a gate between two tasks: routing on the prompt's mean above the first token",
+              seeds, widths["csreft"], widths["csreft-first-token"], "gate"),
+        judge("accuracy on the new tasks: routing on the prompt's mean above the first token", seeds,
+              accuracy["csreft"], accuracy["csreft-first-token"])]
+    show_claims("csreft", claims)
+    store(args, "csreft", {"protocol": ALL, "tried": TRIED["csreft"], "claims": claims, "accuracy": accuracy,
+                           "interference": interference, "gates": opened},
+          {run: results[run] for run in (*runs.values(), *by_itself.values())})
+
+
+def about_equal(points, target):
+    """The point with the highest versatility among those that learned enough, or None."""
+    enough = [point for point in points if point["speciality"] >= target - ENOUGH]
+    return max(enough, key=lambda point: point["versatility"], default=None)
+
+
+def front(args):
+    """{row: [{"lr", "weight" for Wise-FT, "speciality", "versatility"}]} on validation data, one seed."""
+    runs = {(name, lr): Run(f"facts-{name}@{lr:g}", f"{at(flags, lr)} {FACTS}", CHOSEN_WITH, "validation")
+            for name, (flags, lrs) in FRONT.items() for lr in lrs}
+    results = work(list(runs.values()), args, "the front")
+    mixed = {lr: replace(runs["sft", lr], kind="wise") for lr in WISE_FROM}
+    results |= work(list(mixed.values()), args, "Wise-FT")
+    points = {name: [{"lr": lr, **{key: results[runs[name, lr]][key] for key in ("speciality", "versatility")}}
+                     for lr in lrs] for name, (_, lrs) in FRONT.items()}
+    points["wise-ft"] = [{"lr": lr, **point} for lr, run in mixed.items() for point in results[run]["points"]]
+    return points, {run: results[run] for run in (*runs.values(), *mixed.values())}
+
+
+def claim_cofitune(args):
+    """Versatility at about equal speciality, at one rate for both and each at its best; what the mask itself does."""
+    points, made = front(args)
+    by_rate = {name: {point["lr"]: point for point in points[name]} for name in FRONT}
+    # (a) the papers' protocol: one rate for both, the smallest at which CoFiTune has learned about as much as SFT.
+    shared = [lr for lr, point in by_rate["cofitune"].items() if lr in by_rate["sft"]
+              and point["speciality"] >= by_rate["sft"][lr]["speciality"] - ENOUGH]
+    if not shared:
+        raise ValueError("no rate of the grid at which CoFiTune learns about as much as SFT")
+    # (b) each at its own best rate: most versatility among those within two points of SFT's best speciality.
+    target = max(point["speciality"] for point in points["sft"])
+    best = {name: about_equal(points[name], target) for name in points}
+    print("\nbest of each row on validation data:")
+    for name, point in best.items():
+        print(f"  {name:<10}" + (", ".join(f"{key} {value:g}" for key, value in point.items()) if point
+                                 else "never within two points of SFT's best speciality"))
+    if not (best["cofitune"] and best["coarse"]):
+        raise ValueError("CoFiTune never comes within two points of SFT's best speciality: widen its grid")
+    flags = {"sft-same-rate": at(FRONT["sft"][0], min(shared)), "cofitune-same-rate": at(PART, min(shared)),
+             **{name: at(FRONT[name][0], best[name]["lr"]) for name in FRONT if best[name]},
+             "random-mask": at(PART + " --mask-source random", best["cofitune"]["lr"])}
+    seeds = seeds_of(args)
+    named = {}  # rows that ask for the same run share it
+    runs = {(name, seed): Run("facts-" + named.setdefault(text, name), f"{text} {FACTS}", seed)
+            for name, text in flags.items() for seed in seeds}
+    results = work(list(dict.fromkeys(runs.values())), args, "CoFiTune's claim")
+    scores = {name: [{key: results[runs[name, seed]][key] for key in ("speciality", "versatility")} for seed in seeds]
+              for name in flags}
+    if best["wise-ft"]:
+        sources = {seed: Run("facts-interpolated", f"{at(FRONT['sft'][0], best['wise-ft']['lr'])} {FACTS}", seed)
+                   for seed in seeds}
+        sources = {seed: next((run for run in runs.values() if (run.flags, run.seed) == (new.flags, seed)), new)
+                   for seed, new in sources.items()}
+        results |= work(list(sources.values()), args, "Wise-FT's SFT runs")
+        mixed = {seed: replace(run, kind="wise") for seed, run in sources.items()}
+        results |= work(list(mixed.values()), args, "Wise-FT")
+        weight = best["wise-ft"]["weight"]
+        chosen = [next(p for p in results[mixed[seed]]["points"] if p["weight"] == weight) for seed in seeds]
+        scores["wise-ft"] = [{key: point[key] for key in ("speciality", "versatility")} for point in chosen]
+    column = lambda name, key: [score[key] for score in scores[name]]
+    versus = lambda text, ours, theirs: {
+        **judge(text, seeds, column(ours, "versatility"), column(theirs, "versatility")),
+        "speciality": [column(ours, "speciality"), column(theirs, "speciality")]}
+    claims = [versus(f"versatility at one rate for both, {min(shared):g}: CoFiTune above SFT", "cofitune-same-rate",
+                     "sft-same-rate"),
+              *(versus(f"versatility, each at its best rate: CoFiTune above {title}", "cofitune", other)
+                for other, title in (("sft", "SFT"), ("wise-ft", "Wise-FT"), ("sft-l2", "L2 to the base"),
+                                     ("lora", "LoRA"), ("coarse", "its coarse step alone")) if other in scores),
+              versus("versatility at one rate: CoFiTune above a random mask with the same values", "cofitune",
+                     "random-mask")]
+    show_claims("cofitune", claims)
+    print("\nspeciality of the same runs, by seed")
+    for claim in claims:
+        print(f"- {claim['statement']}: " + ", ".join(f"{a:g} : {b:g}" for a, b in zip(*claim["speciality"])))
+    store(args, "cofitune", {"protocol": FACTS, "tried": TRIED["cofitune"], "claims": claims, "front": points,
+                             "best": best, "scores": scores, "flags": flags},
+          {**made, **{run: results[run] for run in runs.values()}})
+
+
+CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": claim_cofitune}
+
+
+def main():
+    parser = train.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, prog="compare.py")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (all)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="150 steps, 50 examples of each task: a look")
+    parser.add_argument("--tune", action="store_true", help="choose the learning rates instead")
+    parser.add_argument("--claim", choices=CLAIMS, help="judge a paper's claim instead")
+    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (%(default)s)")
+    args = parser.parse_args()
+    if wrong := [name for name in args.methods if name not in METHODS]:
+        parser.error(f"unknown method {wrong[0]!r}; valid: {', '.join(METHODS)}")
+    if args.tune + bool(args.claim) + bool(args.methods or args.quick) > 1:
+        parser.error("give one of --tune, --claim NAME, and methods or --quick")
+    if not 1 <= args.seeds <= len(SEEDS):
+        parser.error(f"--seeds is {args.seeds}, expected from 1 to {len(SEEDS)}")
+    if min(args.jobs, args.threads) < 1:
+        parser.error("--jobs and --threads must be at least 1")
+    args.out = args.out.resolve()
+    os.chdir(HERE.parent)  # `base` and `out` are there
+    tune(args) if args.tune else CLAIMS[args.claim](args) if args.claim else compare(args)
+    print(f"\n{args.out / 'compare.json'}")
+
+
+if __name__ == "__main__":
+    command_line(main)
