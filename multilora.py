@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LINEARS, Adapter, command_line, find_linears, write_json
+from model import LINEARS, SHAPES, Adapter, Llama, command_line, count_parameters, find_linears, write_json
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -204,16 +204,36 @@ def export_peft(run_dir, out):
     print(f"{out}: a PEFT LoRA adapter of rank {rank} for {len(adapter.linears)} layers")
 
 
+def count(name, config):
+    """Prints what MultiLoRA and a LoRA of the same total rank train at a published model size; makes no weights."""
+    with torch.device("meta"):
+        model = Llama(SHAPES[name])
+    linears = find_linears(model, list(LINEARS)).values()
+    n, r, base = config.modules, config.rank, count_parameters(SHAPES[name])
+    scales = sum(n * linear.out_features for linear in linears)
+    matrices = sum(n * r * (linear.in_features + linear.out_features) for linear in linears)
+    print(f"{name}: {base:,} parameters; all seven linear layers, n {n}, r {r}")
+    for title, trained in ((f"LoRA of rank {n * r}", matrices), ("MultiLoRA, with its scales", matrices + scales)):
+        print(f"  {title:<28}{trained:>14,}{100 * trained / base:>8.2f} %")
+
+
 def main():
     import argparse
 
     parser = argparse.ArgumentParser(description="Singular values of a run's learned update ΔW, and its export.",
                                      allow_abbrev=False)
-    parser.add_argument("run_dir", type=Path, help="run folder, such as out/multilora")
+    parser.add_argument("run_dir", type=Path, nargs="?", help="run folder, such as out/multilora")
+    parser.add_argument("--count", choices=SHAPES, help="count parameters at a published size instead")
+    parser.add_argument("--modules", type=int, default=3, help="n, for --count (%(default)s)")
     parser.add_argument("--against", type=Path, help="another run on the same base, such as full fine-tuning's")
-    parser.add_argument("--rank", type=int, help="singular values to keep (default: the run's total rank)")
+    parser.add_argument("--rank", type=int,
+                        help="singular values to keep (default: the run's total rank); r, for --count (32)")
     parser.add_argument("--export-peft", type=Path, metavar="DIR", help="write it as a PEFT LoRA adapter instead")
     args = parser.parse_args()
+    if args.count:
+        return count(args.count, Config(modules=args.modules, rank=args.rank or 32))
+    if not args.run_dir:
+        raise ValueError("give a run folder such as out/multilora, or --count llama-2-7b")
     if args.export_peft:
         return export_peft(args.run_dir, args.export_peft)
     deltas, rank = changes(args.run_dir)
