@@ -1,16 +1,19 @@
 """All tests: `python -m pytest`. The oracles are independent of the code they check: the equation written out as a
 naive loop in float64, transformers and peft where they are installed, and the command line run as a user runs it.
 
-Read in this order: helpers, the model, the data, every method, MultiLoRA, CS-ReFT, CoFiTune, the command line.
+Read in this order: helpers, the model, the data, every method, MultiLoRA, CS-ReFT, CoFiTune, the command line,
+reproduction, real files.
 """
 
 import csv
+import itertools
 import json
 import math
 import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +33,10 @@ import train
 from model import Context, Llama, LlamaConfig, find_linears, parse_layers
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "reproduce"))
+import compare  # noqa: E402
+import table  # noqa: E402
+
 BASE = HERE / "base"
 REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
@@ -1165,6 +1172,9 @@ def test_parameters_at_published_sizes():
     text = cli("csreft.py", "--count", "llama-2-7b").stdout
     assert "6,738,415,616" in text and "262,176" in text and "0.0039 %" in text
     assert "8,398,852" in text and "0.1246 %" in text and "0.0098 %" in text
+    text = cli("multilora.py", "--count", "llama-2-7b", "--modules", "2").stdout  # 32 (4 x 8,192 + 3 x 15,104) n r
+    assert "159,907,840" in text and "2.37 %" in text and f"{159_907_840 + 2 * 1_359_872:,}" in text
+    assert "llama-2-7b" in one_line_error("multilora.py")
 
 
 # ---------------------------------------------------------------------------------------------- CoFiTune
@@ -1582,6 +1592,123 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones(runs):
     scores = train.evaluate(model, tests, tokenizer, dict.fromkeys(names, "exact"))
     assert train.mean([scores[t]["exact match"] for t in data.GENERAL]) >= 97
     assert train.mean([scores[t]["exact match"] for t in data.NEW]) < 10
+
+
+# ---------------------------------------------------------------------------------------------- reproduction
+
+
+def test_the_sign_test_equals_counting_all_outcomes():
+    """Oracle: of all patterns of wins and losses, the share with at least as many wins. Ties are left out."""
+    for differences in ([1.0] * 5, [1, -2, 3, 4, 5], [0.0, 1, -1, 2], [-1.0, -2, -3, -4, -5, -6], [0.0, 0.0]):
+        kept = [d for d in differences if d]
+        patterns = list(itertools.product((1, -1), repeat=len(kept)))
+        share = lambda sign: sum(p.count(sign) >= sum(d * sign > 0 for d in kept) for p in patterns) / len(patterns)
+        assert compare.sign_test(differences) == (share(1), share(-1))
+    assert compare.sign_test([1.0] * 5)[0] == 1 / 32
+    for ours, verdict in (([2] * 5, "holds"), ([0] * 5, "does not hold"), ([2, 2, 2, 2, 0], "undecided")):
+        assert compare.judge("", range(5), ours, [1] * 5)["verdict"] == verdict
+    assert compare.band([1.0, 2.0, 3.0]) == [0.0, 4.0] and compare.band([5.0]) == [5.0, 5.0]
+
+
+def test_published_verdicts_and_tables_follow_from_the_stored_figures():
+    """No verdict and no table of README is typed by hand."""
+    stored = json.loads(compare.STORED.read_text())
+    for name in compare.CLAIMS:
+        section = stored[name]
+        assert len(section["claims"][0]["seeds"]) >= 5 and section["tried"] == compare.TRIED[name]
+        assert not {stored["tune"]["seed"], compare.CHOSEN_WITH} & set(section["claims"][0]["seeds"])
+        for claim in section["claims"]:
+            again = compare.judge(claim["statement"], claim["seeds"], claim["ours"], claim["theirs"], claim["unit"])
+            assert again == {key: claim[key] for key in again}
+    for section in ("compare", "quick"):
+        for row in stored[section]["rows"].values():
+            for figure in ("speciality", "versatility"):
+                values = [results[figure] for results in row["seeds"].values()]
+                assert len(values) >= 5 and row[figure] == [statistics.mean(values), statistics.stdev(values)]
+                assert row["band"][figure] == compare.band(values)
+    for name, row in stored["tune"]["grid"].items():
+        assert stored["tune"]["best"][name] == compare.best_rate(row)
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert set(table.TABLES) == set(re.findall(r"<!-- table: ([\w-]+) -->", readme))
+    assert table.rewritten(readme, stored) == readme, "run python reproduce/table.py --readme"
+
+
+def test_a_quick_comparison_lands_in_its_published_band_and_is_made_once(tmp_path):
+    command = "reproduce/compare.py", "multilora", "--seeds", "1", "--quick", "--jobs", "1", "--out", tmp_path
+    first = cli(*command)
+    assert "1 of 1 runs to make" in first.stdout
+    row = json.loads((tmp_path / "compare.json").read_text())["quick"]["rows"]["multilora"]
+    band = json.loads(compare.STORED.read_text())["quick"]["rows"]["multilora"]["band"]
+    for figure in ("speciality", "versatility"):
+        assert band[figure][0] <= row[figure][0] <= band[figure][1], figure
+    assert f",{row['speciality'][0]}" in (tmp_path / "compare.csv").read_text()
+    folder = next(tmp_path.glob("quick-multilora-*"))
+    written = (folder / "results.json").stat().st_mtime_ns
+    assert "to make" not in cli(*command).stdout and (folder / "results.json").stat().st_mtime_ns == written
+    settings = json.loads((folder / "run.json").read_text())
+    settings["settings"]["steps"] += 1
+    (folder / "run.json").write_text(json.dumps(settings))
+    assert "run with other settings" in one_line_error(*command)
+
+
+def test_a_killed_comparison_leaves_no_process_and_continues(tmp_path):
+    """The second run's results are missing when the parent is killed; only that one is made afterwards."""
+    command = [sys.executable, "reproduce/compare.py", "sft", "loreft", "--seeds", "1", "--quick", "--jobs", "1",
+               "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL)
+    for _ in range(3000):
+        if (tmp_path / "quick-loreft-test-11" / "metrics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    metrics = tmp_path / "quick-loreft-test-11" / "metrics.jsonl"
+    size = metrics.stat().st_size
+    time.sleep(3)
+    assert metrics.stat().st_size == size, "the run goes on without its parent"
+    assert "1 of 2 runs to make" in cli(*command[1:]).stdout
+    assert set(json.loads((tmp_path / "compare.json").read_text())["quick"]["rows"]) == {"sft", "loreft"}
+
+
+def test_wise_ft_runs_from_the_base_to_sft(runs, tmp_path, monkeypatch):
+    """Weight 0 scores as the base does and weight 1 as the run does."""
+    flags = ("--tasks", "tool", "--steps", "30", "--batch-size", "8", "--eval-limit", "20")
+    source = runs("--method", "sft", *flags)
+    shutil.copytree(source, tmp_path / "sft-test-0")
+    (tmp_path / "sft-wise-test-0").mkdir()
+    monkeypatch.setattr(compare, "WISE_WEIGHTS", (0.0, 0.5, 1.0))
+    config, method_config = compare.Run("sft", " ".join(("--method", "sft", *flags)), 0).settings()
+    compare.wise(config, method_config, tmp_path / "sft-wise-test-0")
+    points = json.loads((tmp_path / "sft-wise-test-0" / "results.json").read_text())["points"]
+    results = json.loads((source / "results.json").read_text())
+    before = [s["before"] for s in results["tasks"].values() if s["group"] == "general"]
+    assert points[0]["versatility"] == pytest.approx(train.mean(before))
+    assert points[2]["versatility"] == pytest.approx(results["versatility"])
+    assert results["versatility"] < points[1]["versatility"] <= points[0]["versatility"]
+
+
+def test_a_task_alone_is_a_run_on_that_task(runs, tmp_path, monkeypatch):
+    """Oracle: the command line with --tasks and as many steps as the task's share of the run on all of them."""
+    monkeypatch.setattr(data, "NEW", {task: data.NEW[task] for task in ("tool", "cipher")})
+    flags = "--method loreft --tasks tool,cipher --steps 40 --batch-size 24 --eval-limit 20"
+    compare.alone(*compare.Run("loreft", flags, 0).settings(), tmp_path)
+    scores = json.loads((tmp_path / "results.json").read_text())["alone"]
+    for task in ("tool", "cipher"):
+        one = runs("--method", "loreft", "--tasks", task, "--steps", "20", "--batch-size", "24", "--eval-limit", "20")
+        assert json.loads((one / "results.json").read_text())["tasks"][task]["after"] == scores[task]
+
+
+def test_the_pictures_are_drawn_from_the_stored_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(HERE / "reproduce", tmp_path / "reproduce")
+    for picture in (tmp_path / "reproduce" / "results").glob("*.png"):
+        picture.unlink()
+    cli(tmp_path / "reproduce" / "figures.py")
+    drawn = {picture.name for picture in (tmp_path / "reproduce" / "results").glob("*.png")}
+    assert len(drawn) == 8 and drawn == {picture.name for picture in (HERE / "reproduce" / "results").glob("*.png")}
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert all(f"reproduce/results/{name}" in readme for name in drawn)
 
 
 # ---------------------------------------------------------------------------------------------- real files

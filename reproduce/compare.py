@@ -59,7 +59,9 @@ PART = "--method cofitune --layers 50%-100% --modules gate_proj,up_proj,down_pro
 
 METHODS = {"sft": "--method sft", "lora": "--method lora", "multilora": "--method multilora",
            "loreft": "--method loreft", "csreft": "--method csreft", "cofitune": PART}
-# {row: (flags, rates)}. The best rate is the one with the highest speciality.
+# {row: (flags, rates)}. The best rate is the one with the highest speciality; of those within TIE points of it, the
+# one with the highest versatility.
+TIE = 1.0
 GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
         "lora": (METHODS["lora"], (2e-3, 4e-3, 8e-3)),
         "multilora": (METHODS["multilora"], (4e-3, 8e-3, 1.6e-2)),
@@ -392,23 +394,31 @@ def show_claims(name, claims):
 # ---------------------------------------------------------------------------------------------- tuning
 
 
+def best_rate(points):
+    return about_equal(points, max(point["speciality"] for point in points), TIE)["lr"]
+
+
+def about_equal(points, target, points_below):
+    """The point with the highest versatility among those that learned enough, or None."""
+    enough = [point for point in points if point["speciality"] >= target - points_below]
+    return max(enough, key=lambda point: point["versatility"], default=None)
+
+
 def tune(args):
-    """Every rate of the grid at one seed, scored on validation data; the highest speciality is best."""
+    """Every rate of the grid at one seed, scored on validation data."""
     grid = {(name, lr): Run(f"tune-{name}@{lr:g}", f"{at(flags, lr)} {ALL}", CHOSEN_WITH, "validation")
             for name, (flags, lrs) in GRID.items() for lr in lrs}
     results = work(list(grid.values()), args, "tuning")
-    table = {name: {f"{lr:g}": [results[grid[name, lr]][key] for key in ("speciality", "versatility")] for lr in lrs}
-             for name, (_, lrs) in GRID.items()}
-    best = {name: max(row, key=lambda lr: row[lr][0]) for name, row in table.items()}
+    table = {name: [{"lr": lr, **{key: results[grid[name, lr]][key] for key in ("speciality", "versatility")}}
+                    for lr in lrs] for name, (_, lrs) in GRID.items()}
+    best = {name: best_rate(row) for name, row in table.items()}
     print(f"\nspeciality / versatility on validation data, seed {CHOSEN_WITH}; * is the best rate")
     for name, row in table.items():
-        print(f"{name:<18}" + "".join(f"{lr:>8}{'*' if lr == best[name] else ' '}{s:>6.1f} /{v:>5.1f}"
-                                      for lr, (s, v) in row.items()))
-    for name, lr in best.items():
-        if lr in (list(table[name])[0], list(table[name])[-1]):
+        print(f"{name:<18}" + "".join(f"{p['lr']:>8g}{'*' if p['lr'] == best[name] else ' '}{p['speciality']:>6.1f} /"
+                                      f"{p['versatility']:>5.1f}" for p in row))
+        if best[name] in (row[0]["lr"], row[-1]["lr"]):
             print(f"note: the best rate of {name} is at the edge of its grid")
-    store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table,
-                         "best": {name: float(lr) for name, lr in best.items()}},
+    store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table, "best": best},
           {grid[key]: results[grid[key]] for key in grid})
 
 
@@ -517,12 +527,6 @@ def claim_csreft(args):
           {run: results[run] for run in (*runs.values(), *by_itself.values())})
 
 
-def about_equal(points, target):
-    """The point with the highest versatility among those that learned enough, or None."""
-    enough = [point for point in points if point["speciality"] >= target - ENOUGH]
-    return max(enough, key=lambda point: point["versatility"], default=None)
-
-
 def front(args):
     """{row: [{"lr", "weight" for Wise-FT, "speciality", "versatility"}]} on validation data, one seed."""
     runs = {(name, lr): Run(f"facts-{name}@{lr:g}", f"{at(flags, lr)} {FACTS}", CHOSEN_WITH, "validation")
@@ -547,7 +551,7 @@ def claim_cofitune(args):
         raise ValueError("no rate of the grid at which CoFiTune learns about as much as SFT")
     # (b) each at its own best rate: most versatility among those within two points of SFT's best speciality.
     target = max(point["speciality"] for point in points["sft"])
-    best = {name: about_equal(points[name], target) for name in points}
+    best = {name: about_equal(points[name], target, ENOUGH) for name in points}
     print("\nbest of each row on validation data:")
     for name, point in best.items():
         print(f"  {name:<10}" + (", ".join(f"{key} {value:g}" for key, value in point.items()) if point

@@ -55,9 +55,13 @@ def tasks(everything):
 
 def tuning(everything):
     table = everything["tune"]
-    cell = lambda lr, scores, best: f"{plain(float(lr))}: {'**' if best else ''}{scores[0]:.1f}{'**' if best else ''}"
-    return markdown(["method", "rate: speciality"], [
-        [f"`{name}`", ", ".join(cell(lr, s, float(lr) == table["best"][name]) for lr, s in row.items())]
+
+    def cell(point, best):
+        text = f"{plain(point['lr'])}: {point['speciality']:.1f} / {point['versatility']:.1f}"
+        return f"**{text}**" if point["lr"] == best else text
+
+    return markdown(["method", "rate: speciality / versatility"], [
+        [f"`{name}`", ", ".join(cell(point, table["best"][name]) for point in row)]
         for name, row in table["grid"].items()])
 
 
