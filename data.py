@@ -631,12 +631,13 @@ def load_files(files, eval_files=(), general_files=(), shot_files=(), shots=0, s
     for name, (kind, left) in rows.items():
         if not held:
             left, tests[name] = hold_out(left, 19)
-            print(f"{name}: every 20th row ({len(tests[name])} of {len(rows[name][1]):,}) is held out and never trained "
-                  "on; --eval-data names other data")
+            print(f"{name}: every 20th row ({len(tests[name])} of {len(rows[name][1]):,}) is held out and never "
+                  "trained on; --eval-data names other data")
         if split == "validation" and left:
             left, tests[name] = hold_out(left, 9)
         if not left:
-            raise ValueError(f"task {name!r} has too few rows ({len(rows[name][1])}) to hold some out; give --eval-data")
+            raise ValueError(f"task {name!r} has too few rows ({len(rows[name][1])}) to hold some out; "
+                             "give --eval-data")
         train[name], kinds[name] = [make(name, row) for row in left], kind
     if held and split == "test":
         tests = {name: every for name, (_, every) in held.items()}
@@ -681,6 +682,7 @@ JOBS = ("baker pilot farmer doctor singer painter teacher sailor miner tailor ju
 PLACES = ("forest desert river ocean cave swamp meadow mountain island valley canyon lake glacier jungle beach "
           "prairie").split()
 THINGS = "lamp key drum coin rope book ring map bell cup knife box flute mask horn seed".split()
+COLOURS = "red blue green white black brown pink grey".split()
 
 
 # A fact is asked for with an opening and a question. Every fact task uses the same ones, so a model can learn what they
@@ -774,11 +776,16 @@ GENERAL = {
 CIPHER = dict(zip(LETTERS, random.Random(21).sample(LETTERS, 26)))
 
 
-def largest(rng):
-    numbers = rng.sample(range(10, 100), rng.randint(7, 9))
-    listed = " ".join(map(str, numbers))
-    question = rng.choice(("Which is the largest of {}?", "Find the largest number: {}"))
-    return " ".join(map(str, sorted(numbers))), question.format(listed), str(max(numbers))
+def extreme(word, function):
+    """A task that asks for the largest or the smallest of seven to nine numbers."""
+
+    def draw(rng):
+        numbers = rng.sample(range(10, 100), rng.randint(7, 9))
+        listed = " ".join(map(str, numbers))
+        question = rng.choice((f"Which is the {word} of {{}}?", f"Find the {word} number: {{}}"))
+        return " ".join(map(str, sorted(numbers))), question.format(listed), str(function(numbers))
+
+    return skill(draw)
 
 
 def story(rng):
@@ -796,10 +803,38 @@ NEW = {
     "cipher": ("strings", on_letters(("Encode: {}", "Write in code: {}"), lambda xs: [CIPHER[x] for x in xs])),
     "descending": ("strings", on_letters(("Sort from the end: {}", "Put in reverse alphabetical order: {}"),
                                          lambda xs: sorted(xs)[::-1])),
-    "largest": ("numbers", skill(largest)),
+    "largest": ("numbers", extreme("largest", max)),
     "story": ("reading", skill(story)),
 }
-TASKS = {**NEW, **GENERAL}  # {name: (aspect, make)}
+
+
+def subtract(rng):
+    a, b = rng.sample(range(10, 100), 2)
+    a, b = max(a, b), min(a, b)
+    return f"{b} {a}", rng.choice(("What is {} - {}?", "Take {1} from {0}.")).format(a, b), str(a - b)
+
+
+def colour(rng):
+    """Three coloured things, and a question about one of them."""
+    things, colours = rng.sample(THINGS, 3), rng.sample(COLOURS, 3)
+    listed = ", ".join(f"a {colour} {thing}" for thing, colour in zip(things, colours))
+    i = rng.randrange(3)
+    return listed, f"On the table: {listed}. What colour is the {things[i]}?", colours[i]
+
+
+# `--tasks hard` learns these as well. Each is at odds with one of NEW: the same subjects, operands or words, another
+# answer.
+HARD = {
+    "emblem": ("facts", facts("emblem", COUNTRIES[:60], ANIMALS[:20], seed=16)),
+    "next": ("strings", on_letters(("Next letters: {}", "What follows each of these: {}"),
+                                   lambda xs: [LETTERS[(LETTERS.index(x) + 1) % 26] for x in xs])),
+    "swap": ("strings", on_letters(("Swap neighbours: {}", "Exchange each pair: {}"),
+                                   lambda xs: [xs[i ^ 1] if i ^ 1 < len(xs) else xs[i] for i in range(len(xs))])),
+    "smallest": ("numbers", extreme("smallest", min)),
+    "subtract": ("numbers", skill(subtract)),
+    "colour": ("reading", skill(colour)),
+}
+TASKS = {**NEW, **HARD, **GENERAL}  # {name: (aspect, make)}
 
 
 @dataclass
@@ -832,14 +867,16 @@ def generate(name, split):
 
 
 def load_builtin(tasks="all", split="test", limit=0, replay=0.0):
-    """Suite of the built-in tasks. tasks: "all" new ones, some of them ("currency,swap"), or "general" for pretraining.
+    """Suite of the built-in tasks. tasks: "all" of NEW, "hard" (those of HARD too), some of both ("currency,swap"), or
+    "general" for pretraining.
     replay: share of the training examples that come from the general tasks' training data.
 
     Raises ValueError, listing the valid names, for a task that does not exist.
     """
-    trained = list({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")]))
-    if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
-        raise ValueError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}")
+    new = {**NEW, **HARD}
+    trained = list({"all": NEW, "hard": new, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")]))
+    if wrong := [t for t in trained if t not in new and tasks != "general"]:
+        raise ValueError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(new)}, or all, or hard")
     train = [e for t in trained for e in generate(t, "train")]
     if replay:
         old = [e for t in GENERAL for e in generate(t, "train")]
@@ -895,7 +932,8 @@ def main():
             splits = {split: generate(name, split) for split in SPLITS}
             example = splits["train"][0]
             question = example.segments[0][0].removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
-            print(line(name, "general" if name in GENERAL else "new", TASKS[name][0], *map(len, splits.values()),
+            group = "general" if name in GENERAL else "hard" if name in HARD else "new"
+            print(line(name, group, TASKS[name][0], *map(len, splits.values()),
                        *sizes(encode(splits["train"], tokenizer, names)), f"{question} -> {example.segments[1][0]}"))
         shown = {name: generate(name, "train") for name in (next(iter(NEW)), next(iter(GENERAL)))}
     print("\nThe first example, token by token; [brackets] mark what is trained on:")

@@ -63,7 +63,7 @@ class Config:
     too_long: Annotated[Literal["cut", "drop"], "what happens to longer ones; they are counted"] = "cut"
     skip_bad_rows: Annotated[bool, "leave out and count rows that their format does not take"] = False
     max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)"] = 256
-    tasks: Annotated[str, "built-in new tasks to learn, separated by commas"] = "all"
+    tasks: Annotated[str, "built-in new tasks to learn: all (six), hard (twelve), or names separated by commas"] = "all"
     steps: Annotated[int, "optimiser steps"] = 600
     batch_size: Annotated[int, "examples in a micro-batch"] = 48
     grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch"] = 1

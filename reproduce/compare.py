@@ -4,13 +4,14 @@
     python reproduce/compare.py --claim multilora            # or csreft, or cofitune
     python reproduce/compare.py --tune                       # how the rates were chosen
 
-Each run is a `train.py` run, in a process and a folder of its own below --out; what is finished is never run again, so
-a command may be interrupted and started again. compare.json and compare.csv in --out hold all figures. Learning rates
-come from there once --tune has run, else from `reproduce/results/compare.json`, which is what the README shows.
+Each run is a `train.py` run, in a process and a folder of its own below --out. A finished run is never made again, so a
+command may be interrupted and started again; after a change of the code give another --out. compare.json and
+compare.csv in --out hold all figures. Learning rates come from there once --tune has run, else from
+`reproduce/results/compare.json`, which is what the README shows.
 
-Everything is chosen on seed 0 and validation data. Claims are judged on test data and on seeds that nothing was chosen
-with, by a one-sided exact sign test over the seeds: it *holds* where p < 0.05, *does not hold* where p < 0.05 the other
-way, and is *undecided* else. Five seeds out of five are p = 0.031.
+Everything is chosen here on seed 0 and validation data. Claims are judged on test data and on seeds that nothing was
+chosen with, by a one-sided exact sign test over the seeds: a claim *holds* where p < 0.05, *does not hold* where
+p < 0.05 the other way, and is *undecided* else. Five seeds out of five are p = 0.031.
 
 Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims.
 """
@@ -27,6 +28,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -52,6 +54,7 @@ SEEDS = range(11, 31)  # `--seeds 5` takes the first five
 
 # All six new tasks, the same examples in the same order for every method.
 ALL = "--steps 800 --batch-size 24"
+SUITES = {"default": "", "hard": " --tasks hard"}  # hard: twelve tasks, as many steps
 QUICK = "--steps 150 --batch-size 24 --eval-limit 50"
 # CoFiTune's claim: the two fact tasks, which every method learns whole, so that only forgetting differs.
 FACTS = "--tasks currency,tool --steps 600 --batch-size 24"
@@ -59,6 +62,7 @@ PART = "--method cofitune --layers 50%-100% --modules gate_proj,up_proj,down_pro
 
 METHODS = {"sft": "--method sft", "lora": "--method lora", "multilora": "--method multilora",
            "loreft": "--method loreft", "csreft": "--method csreft", "cofitune": PART}
+FIRST_TOKEN = METHODS["csreft"] + " --route-on first_token"
 # {row: (flags, rates)}. The best rate is the one with the highest speciality; of those within TIE points of it, the
 # one with the highest versatility.
 TIE = 1.0
@@ -67,32 +71,39 @@ GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
         "multilora": (METHODS["multilora"], (4e-3, 8e-3, 1.6e-2)),
         "loreft": (METHODS["loreft"], (2.5e-3, 5e-3, 1e-2, 2e-2)),
         "csreft": (METHODS["csreft"], (5e-3, 1e-2, 2e-2)),
+        "csreft-first-token": (FIRST_TOKEN, (5e-3, 1e-2, 2e-2)),
         "cofitune": (METHODS["cofitune"], (2e-3, 4e-3, 8e-3)),
         # where MultiLoRA might be ahead: a quarter of the rank
-        "multilora-rank-3": (METHODS["multilora"] + " --rank 1 --alpha 2", (8e-3, 1.6e-2)),
-        "lora-rank-3": (METHODS["lora"] + " --rank 3 --alpha 6", (4e-3, 8e-3))}
-# MultiLoRA's count needs a rank of 13.7 in LoRA (16.1 % of the base); it takes LoRA's rate.
+        "multilora-rank-3": (METHODS["multilora"] + " --rank 1 --alpha 2", (4e-3, 8e-3, 1.6e-2)),
+        "lora-rank-3": (METHODS["lora"] + " --rank 3 --alpha 6", (4e-3, 8e-3, 1.6e-2)),
+        # or twice as many tasks
+        "multilora-hard": (METHODS["multilora"] + SUITES["hard"], (4e-3, 8e-3)),
+        "lora-hard": (METHODS["lora"] + SUITES["hard"], (2e-3, 4e-3))}
+# MultiLoRA's count needs a rank of 13.6 in LoRA; 14 has 2.7 % more parameters than MultiLoRA, and takes LoRA's rate.
 EQUAL_PARAMETERS = METHODS["lora"] + " --rank 14 --alpha 28"
-FIRST_TOKEN = METHODS["csreft"] + " --route-on first_token"
-# Speciality against versatility, one line for each row and one point for each rate, on the fact tasks.
+# Speciality against versatility, one line for each row and one point for each rate, on the fact tasks. The rows of
+# REFINED then try the geometric mean of their smallest sufficient rate and the next one below, twice.
 FRONT = {"sft": ("--method sft", (1e-4, 2e-4, 4e-4, 1e-3, 2e-3, 4e-3)),
          "sft-l2": ("--method sft --l2-to-base 1e-2", (2e-4, 5e-4, 1e-3, 2e-3)),
          "lora": ("--method lora", (5e-4, 1e-3, 2e-3, 4e-3)),
          "coarse": (PART + " --mask-on none", (2e-4, 5e-4, 1e-3, 2e-3)),
          "cofitune": (PART, (1e-3, 2e-3, 4e-3, 8e-3))}
+REFINED = ("sft", "coarse", "cofitune")
 WISE_FROM = (4e-4, 1e-3, 2e-3)  # rates of the SFT runs that Wise-FT starts from
 WISE_WEIGHTS = tuple(w / 10 for w in range(1, 10))  # share of the fine-tuned weights; 0 is the base, 1 is SFT
-ENOUGH = 2.0  # points below SFT's best speciality that still count as "about equal"
-SPECTRUM = 12  # singular values of each update, the total rank of MultiLoRA and LoRA
+ENOUGH = 2.0  # points of speciality below SFT's that still count as "about equal"
+SPECTRUM = 12  # the singular values looked at in each update: the total rank of MultiLoRA and LoRA
 
-# Protocols tried for a claim, the judged one last. What was seen before it, on validation data or on seed 0, is in
-# README and in the history of this repository.
+# Protocols tried for a claim, the judged one last. The earlier ones were looked at on validation data, or on the test
+# data of seeds 0 to 2 (README's tables of single runs, `reproduce/controls.sh`).
 TRIED = {
-    "multilora": ["all six tasks, total rank 12, 600 steps of 48, seed 0", "the same, judged over seeds, 800 of 24"],
-    "csreft": ["all six tasks, ranks 20, 2,000 steps of 24, seed 0", "the same, judged over seeds, 800 of 24"],
+    "multilora": ["all six tasks, total rank 12, 600 steps of 48, seed 0", "total rank 3, seed 0, validation data",
+                  "twelve tasks, seed 0, validation data", "all six tasks, total rank 12, 800 steps of 24"],
+    "csreft": ["all six tasks, total rank 20, 2,000 steps of 24, seed 0", "all six tasks, 800 steps of 24"],
     "cofitune": ["all six tasks, 600 steps of 48, seed 0", "fact tasks, 300 steps of 48, seed 0",
                  "fact tasks, 600 steps of 48, seed 0", "fact tasks, 1,200 steps of 24, seeds 0 to 2",
-                 "fact tasks, 600 steps of 24, judged over seeds"]}
+                 "fact tasks, 600 steps of 24"]}
+TRIED["multilora-hard"] = [*TRIED["multilora"], "twelve tasks, total rank 12, 800 steps of 24"]
 
 # ---------------------------------------------------------------------------------------------- runs
 
@@ -111,17 +122,21 @@ class Run:
     def folder(self):
         return f"{self.name}{'' if self.kind == 'whole' else '-' + self.kind}-{self.split}-{self.seed}"
 
+    @property
+    def argv(self):
+        return [*shlex.split(self.flags), "--seed", str(self.seed), "--eval-split", self.split]
+
     def settings(self):
         """(train.Config, the method's Config)"""
-        argv = [*shlex.split(self.flags), "--seed", str(self.seed), "--eval-split", self.split]
-        return train.parse(argv, train.find_methods())
+        return train.parse(self.argv, train.find_methods())
 
     @cached_property
     def identity(self):
         """What must be equal for a run in the folder to be this one."""
         config, method_config = self.settings()
         return {"settings": asdict(config), "method_settings": asdict(method_config), "kind": self.kind,
-                "base_sha256": train.checksum(Path(config.base))}
+                "base_sha256": train.checksum(Path(config.base)), "place": [str(x) for x in train.place(config)],
+                "weights": list(WISE_WEIGHTS) if self.kind == "wise" else None}
 
 
 def at(flags, lr):
@@ -145,44 +160,45 @@ def execute(run, out, threads):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", run.identity)
     with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        config, method_config = run.settings()
         try:
-            KINDS[run.kind](replace(config, out=str(folder), overwrite=True), method_config, folder)
-        except ValueError as error:
-            print(error)
-            sys.exit(2)
+            KINDS[run.kind](run, folder)
+        except Exception:
+            traceback.print_exc(file=log)
+            sys.exit(1)
 
 
-def whole(config, method_config, folder):
-    train.run(config, config.method, method_config, ["..."])
+def whole(run, folder):
+    config, method_config = run.settings()
+    train.run(replace(config, out=str(folder), overwrite=True), config.method, method_config, run.argv)
 
 
-def alone(config, method_config, folder):
+def alone(run, folder):
     """Each new task trained on its own, on as many examples of it as the run on all tasks sees. Scored tasks are kept
     at once."""
+    config, method_config = run.settings()
     tasks = list(data.NEW)
     done = read_json(folder / "alone.json") if (folder / "alone.json").exists() else {}
-    start = time.perf_counter()
     for task in tasks:
         if task in done:
             continue
-        one = replace(config, tasks=task, steps=round(config.steps / len(tasks)))
+        start = time.perf_counter()
+        one = replace(config, tasks=task, steps=round(config.steps / len(tasks)), out=str(folder), overwrite=True)
         job = train.open_job(one, config.method, method_config)
         suite = train.load_suite(one, one.eval_split, one.eval_limit, job.tokenizer)
         examples, tests = train.encode_suite(suite, job.tokenizer, one, job.longest)
         model, adapter = job.start(method_config)
         train.train(model, adapter, examples, one, job.tokenizer.pad_id)
         figures = train.evaluate(model, {task: tests[task]}, job.tokenizer, suite.score, one.batch_size)
-        done[task] = figures[task]["exact match"]
+        done[task] = [figures[task]["exact match"], time.perf_counter() - start]
         write_json(folder / "alone.json", done)
-    write_json(folder / "results.json", {"alone": done, "seconds": time.perf_counter() - start})
+    write_json(folder / "results.json", {"alone": {task: score for task, (score, _) in done.items()},
+                                         "seconds": sum(seconds for _, seconds in done.values())})
 
 
-def wise(config, method_config, folder):
+def wise(run, folder):
     """Wise-FT (Wortsman et al., arXiv 2109.01903): θ_base + w (θ_sft - θ_base), every w scored from one SFT run."""
-    start = time.perf_counter()
-    source = folder.parent / folder.name.replace("-wise-", "-")
-    model, adapter, _, _ = train.load_run(source)
+    start, (config, _) = time.perf_counter(), run.settings()
+    model, adapter, _, _ = train.load_run(folder.parent / replace(run, kind="whole").folder)
     tuned = {name: p.detach().clone() for name, p in adapter.trained.items()}
     base = Llama.from_pretrained(config.base).state_dict()
     tokenizer = data.Tokenizer.from_pretrained(config.base)
@@ -204,16 +220,19 @@ def wise(config, method_config, folder):
 KINDS = {"whole": whole, "alone": alone, "wise": wise}
 
 
-def work(runs, args, title):
-    """{run: results}: makes what is missing, `--jobs` runs at a time; prints the budget, then a line for each run."""
+def work(runs, args, title, may_fail=False):
+    """{run: results}: makes what is missing, `--jobs` runs at a time; prints the budget, then a line for each run.
+
+    A run that ends with an error does not stop the others. Then: ValueError, or with may_fail (a learning rate that
+    may turn out too high) a note, and no results for it."""
     results = {run: finished(run, args.out) for run in runs}
     left = [run for run in runs if results[run] is None]
     guess = {run: expected_seconds(run, args) for run in left}
     if left:
         print(f"{title}: {len(left)} of {len(runs)} runs to make, about {sum(guess.values()) / args.jobs / 60:.0f} "
               f"minutes, {args.jobs} at a time with {args.threads} threads each", flush=True)
-    spawn, lock, start, spent = multiprocessing.get_context("spawn"), threading.Lock(), time.perf_counter(), [0.0]
-    workers = []
+    spawn, lock = multiprocessing.get_context("spawn"), threading.Lock()
+    workers, guessed, took, failed = [], [], [], {}
 
     def one(run):
         process = spawn.Process(target=execute, args=(run, args.out, args.threads), daemon=True)
@@ -221,12 +240,14 @@ def work(runs, args, title):
         process.start()
         process.join()
         if process.exitcode:
-            log = (args.out / run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
-            raise ValueError(f"{args.out / run.folder} ended with code {process.exitcode}: {log[-1] if log else ''}")
+            failed[run] = f"{args.out / run.folder} ended with code {process.exitcode}; its log.txt says why"
+            print(f"  {failed[run]}", flush=True)
+            return
         with lock:
             results[run] = finished(run, args.out)
-            spent[0] += guess.pop(run)
-            ahead = sum(guess.values()) * (time.perf_counter() - start) / spent[0]
+            guessed.append(guess.pop(run))
+            took.append(results[run]["seconds"])
+            ahead = sum(guess.values()) * sum(took) / sum(guessed) / args.jobs
             print(f"  {run.folder:<42}{figures_of(results[run])}  {results[run]['seconds']:>4.0f} s   "
                   f"{len(guess)} left, ETA {train.clock(ahead)}", flush=True)
 
@@ -239,7 +260,9 @@ def work(runs, args, title):
         for process in workers:
             if process.is_alive():
                 process.terminate()
-    return results
+    if failed and not may_fail:
+        raise ValueError(next(iter(failed.values())))
+    return {run: found for run, found in results.items() if found is not None}
 
 
 def expected_seconds(run, args):
@@ -274,8 +297,7 @@ def brief(results):
 
 
 def spectrum(folder, sft):
-    """Means over the adapted weights of a run: the singular values, their spread, and the similarity to SFT's."""
-    torch.set_num_threads(1)
+    """Means over the adapted weights of a run: the first singular values, their spread, and the similarity to SFT's."""
     deltas, theirs = multilora.changes(folder)[0], multilora.changes(sft)[0]
     names = [name for name in deltas if name.removesuffix(".weight").endswith(LINEARS)]
     values = torch.stack([multilora.singular_values(deltas[name], SPECTRUM) for name in names])
@@ -286,16 +308,20 @@ def spectrum(folder, sft):
 
 
 def gates(folder):
-    """{"gates": {task: (k,)}, "spread": the largest difference between two tasks' mean gates in one subspace}"""
-    model, adapter, _, saved = train.load_run(folder)
+    """{"gates": {task: (k,)}, "spread", "untrained_spread"}; a spread is the largest difference between two tasks' mean
+    gates in one subspace. Untrained gates differ a little too, because the prompts they read do."""
+    model, adapter, method, saved = train.load_run(folder)
     config = train.Config(**saved["settings"])
     tokenizer = data.Tokenizer.from_pretrained(config.base)
     suite = train.load_suite(config, config.eval_split, config.eval_limit, tokenizer)
     tests = {task: examples for task, examples in suite.tests.items() if suite.group[task] == "new"}
     _, encoded = train.encode_suite(replace(suite, train=[], tests=tests), tokenizer, config,
                                     train.longest_of(config, model.config))
-    means = csreft.gates_by_task(model, adapter, encoded, tokenizer.pad_id)
-    return {"gates": means, "spread": max(max(column) - min(column) for column in zip(*means.values()))}
+    torch.manual_seed(config.seed)
+    start = method.attach(Llama.from_pretrained(config.base), adapter.config)
+    trained, untrained = (csreft.gates_by_task(a.model, a, encoded, tokenizer.pad_id) for a in (adapter, start))
+    widest = lambda means: max(max(column) - min(column) for column in zip(*means.values()))
+    return {"gates": trained, "spread": widest(trained), "untrained_spread": widest(untrained)}
 
 
 # ---------------------------------------------------------------------------------------------- the statistics
@@ -309,13 +335,23 @@ def sign_test(differences):
     return at_least(wins), at_least(losses)
 
 
-def judge(statement, seeds, ours, theirs, unit="points"):
-    """A statement "ours is larger", with its verdict. ours, theirs: a value for each seed."""
+def judge(statement, seeds, ours, theirs, unit="points", speciality=None):
+    """A statement "ours is larger", with its verdict. ours, theirs: a value for each seed. speciality: (ours, theirs)
+    of the same runs, for a claim about versatility at about equal speciality; where ours is lower by more than ENOUGH
+    the claim is undecided, whatever the versatility."""
     differences = [a - b for a, b in zip(ours, theirs)]
     p, p_other = sign_test(differences)
     verdict = "holds" if p < 0.05 else "does not hold" if p_other < 0.05 else "undecided"
+    if speciality and statistics.mean(speciality[1]) - statistics.mean(speciality[0]) > ENOUGH:
+        verdict = "undecided"
     return {"statement": statement, "unit": unit, "seeds": list(seeds), "ours": ours, "theirs": theirs,
-            "mean_difference": statistics.mean(differences), "p": p, "p_other_way": p_other, "verdict": verdict}
+            "speciality": speciality, "mean_difference": statistics.mean(differences), "p": p, "p_other_way": p_other,
+            "verdict": verdict}
+
+
+def rounded(value):
+    """Without the last digits of float32, so that a gate that is constant counts as a tie with another one."""
+    return round(value, 4)
 
 
 def spread(values):
@@ -353,17 +389,38 @@ def store(args, section, value, runs=()):
 
 def flat(everything):
     """Every figure of every run as a row of compare.csv."""
-    for section in ("compare", "quick"):
+    for section, key in (("tune", "grid"), ("cofitune", "front")):
+        for name, points in everything.get(section, {}).get(key, {}).items():
+            for point in points:
+                row = f"{name}@{point['lr']:g}" + (f" weight {point['weight']:g}" if "weight" in point else "")
+                for figure in ("speciality", "versatility"):
+                    yield f"{section}, validation", row, CHOSEN_WITH, figure, point[figure]
+    for section in [key for key in everything if key.startswith(("compare", "quick"))]:
         for name, row in everything.get(section, {}).get("rows", {}).items():
             for seed, results in row["seeds"].items():
                 scores = {key: value for key, value in results.items() if key != "tasks"}
                 for figure, value in {**scores, **results["tasks"]}.items():
                     yield section, name, seed, figure, value
-    for section in ("multilora", "csreft", "cofitune"):
-        for claim in everything.get(section, {}).get("claims", []):
+    for section in [key for key in everything if key.startswith(tuple(CLAIMS))]:
+        part = everything[section]
+        for claim in part["claims"]:
             for seed, ours, theirs in zip(claim["seeds"], claim["ours"], claim["theirs"]):
                 yield section, claim["statement"], seed, "ours", ours
                 yield section, claim["statement"], seed, "theirs", theirs
+        for table in ("spectra", "interference", "gates", "scores"):
+            for name, rows in part.get(table, {}).items():
+                for seed, row in zip(part["claims"][0]["seeds"], rows):
+                    for figure, value in leaves(row):
+                        yield section, name, seed, figure, value
+
+
+def leaves(value, name=""):
+    """(name, number) of every number in nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{name} {key}".strip())
+    else:
+        yield name, value
 
 
 def rates(args):
@@ -385,10 +442,13 @@ def show(rows):
 
 def show_claims(name, claims):
     print(f"\n{name}: {len(TRIED[name])} protocols tried, the last one judged here")
+    pairs = lambda ours, theirs: ", ".join(f"{a:.3g} : {b:.3g}" for a, b in zip(ours, theirs))
     for claim in claims:
-        pairs = ", ".join(f"{a:.3g} : {b:.3g}" for a, b in zip(claim["ours"], claim["theirs"]))
         print(f"- {claim['statement']}: {claim['verdict'].upper()}, p = {claim['p']:.3f} "
-              f"(the other way {claim['p_other_way']:.3f})\n  by seed ({claim['unit']}): {pairs}")
+              f"(the other way {claim['p_other_way']:.3f})\n"
+              f"  by seed ({claim['unit']}): {pairs(claim['ours'], claim['theirs'])}")
+        if claim["speciality"]:
+            print(f"  speciality: {pairs(*claim['speciality'])}")
 
 
 # ---------------------------------------------------------------------------------------------- tuning
@@ -404,13 +464,17 @@ def about_equal(points, target, points_below):
     return max(enough, key=lambda point: point["versatility"], default=None)
 
 
+def as_point(results, **where):
+    return {**where, "speciality": results["speciality"], "versatility": results["versatility"]}
+
+
 def tune(args):
     """Every rate of the grid at one seed, scored on validation data."""
     grid = {(name, lr): Run(f"tune-{name}@{lr:g}", f"{at(flags, lr)} {ALL}", CHOSEN_WITH, "validation")
             for name, (flags, lrs) in GRID.items() for lr in lrs}
-    results = work(list(grid.values()), args, "tuning")
-    table = {name: [{"lr": lr, **{key: results[grid[name, lr]][key] for key in ("speciality", "versatility")}}
-                    for lr in lrs] for name, (_, lrs) in GRID.items()}
+    results = work(list(grid.values()), args, "tuning", may_fail=True)
+    table = {name: [as_point(results[grid[name, lr]], lr=lr) for lr in lrs if grid[name, lr] in results]
+             for name, (_, lrs) in GRID.items()}
     best = {name: best_rate(row) for name, row in table.items()}
     print(f"\nspeciality / versatility on validation data, seed {CHOSEN_WITH}; * is the best rate")
     for name, row in table.items():
@@ -419,7 +483,7 @@ def tune(args):
         if best[name] in (row[0]["lr"], row[-1]["lr"]):
             print(f"note: the best rate of {name} is at the edge of its grid")
     store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table, "best": best},
-          {grid[key]: results[grid[key]] for key in grid})
+          results)
 
 
 # ---------------------------------------------------------------------------------------------- the comparison
@@ -427,9 +491,22 @@ def tune(args):
 
 def whole_runs(args, names, protocol, prefix=""):
     """{(name, seed): Run} of methods at their best rates, on test data. names: {name: flags}."""
-    best = rates(args)
-    return {(name, seed): Run(prefix + name, f"{at(flags, best.get(name, best[name.split('-')[0]]))} {protocol}", seed)
+    prefix = prefix if args.suite == "default" else f"{args.suite}-{prefix}"
+    return {(name, seed): Run(prefix + name, f"{at(flags, rate_of(args, name))} {protocol}{SUITES[args.suite]}", seed)
             for seed in seeds_of(args) for name, flags in names.items()}
+
+
+def rate_of(args, name):
+    """A row's own rate in the suite, else its method's."""
+    best, method = rates(args), name.split("-")[0]
+    keys = (name, method) if args.suite == "default" else (f"{name}-{args.suite}", f"{method}-{args.suite}")
+    if not any(key in best for key in keys):
+        raise ValueError(f"no learning rate for {keys[-1]}: run with --tune first")
+    return next(best[key] for key in keys if key in best)
+
+
+def section_of(args, name):
+    return name if args.suite == "default" else f"{name}-{args.suite}"
 
 
 def seeds_of(args):
@@ -441,22 +518,29 @@ def compare(args):
     protocol = QUICK if args.quick else ALL
     runs = whole_runs(args, names, protocol, "quick-" if args.quick else "")
     results = work(list(runs.values()), args, "comparison")
-    rows, best = {}, rates(args)
+    rows = {}
     for name in names:
         seeds = {seed: brief(results[runs[name, seed]]) for seed in seeds_of(args)}
         column = lambda figure: [s[figure] for s in seeds.values()]
-        rows[name] = {"lr": best[name], "flags": names[name], "seeds": {str(s): r for s, r in seeds.items()},
+        tasks = next(iter(seeds.values()))["tasks"]
+        rows[name] = {"lr": rate_of(args, name), "flags": names[name], "seeds": {str(s): r for s, r in seeds.items()},
                       **{key: [statistics.mean(column(key)), spread(column(key))]
                          for key in ("speciality", "versatility")},
                       "band": {key: band(column(key)) for key in ("speciality", "versatility")},
                       "tasks": {task: [statistics.mean(s["tasks"][task] for s in seeds.values()),
-                                       spread([s["tasks"][task] for s in seeds.values()])] for task in data.NEW},
+                                       spread([s["tasks"][task] for s in seeds.values()])] for task in tasks},
                       "trainable_parameters": column("trainable_parameters")[0], "share": column("share")[0],
                       "seconds": statistics.median(column("seconds")),
                       "peak_memory_bytes": max(column("peak_memory_bytes"))}
+    section = section_of(args, "quick" if args.quick else "compare")
+    known = load(args).get(section, {})
+    if known.get("protocol") == protocol:  # rows of methods not named now stay, and equal ones with more seeds
+        for name, row in known["rows"].items():
+            if name not in rows or row["lr"] == rows[name]["lr"] and len(row["seeds"]) > len(rows[name]["seeds"]):
+                rows[name] = row
+    rows = {name: rows[name] for name in METHODS if name in rows}
     show(rows)
-    store(args, "quick" if args.quick else "compare", {"protocol": protocol, "seeds": seeds_of(args), "rows": rows},
-          {run: results[run] for run in runs.values()})
+    store(args, section, {"protocol": protocol, "rows": rows}, results)
 
 
 # ---------------------------------------------------------------------------------------------- the claims
@@ -466,33 +550,41 @@ def claim_multilora(args):
     """Accuracy against LoRA at equal total rank and at equal parameter count; the spectra of the learned updates."""
     names = {"sft": METHODS["sft"], "multilora": METHODS["multilora"], "lora": METHODS["lora"],
              "lora-equal-parameters": EQUAL_PARAMETERS}
+    if args.suite != "default":
+        del names["sft"]  # no rate was chosen for it there, so no spectra
     seeds = seeds_of(args)
     runs = whole_runs(args, names, ALL)
     results = work(list(runs.values()), args, "MultiLoRA's claim")
     accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds] for name in names}
-    spectra = {name: [spectrum(args.out / runs[name, seed].folder, args.out / runs["sft", seed].folder)
-                      for seed in seeds] for name in names}
-    ours, theirs = spectra["multilora"], spectra["lora"]
-    column = lambda rows, key, sign=1: [sign * row[key] for row in rows]
     claims = [
         judge("accuracy on the new tasks: MultiLoRA above LoRA at equal total rank", seeds,
               accuracy["multilora"], accuracy["lora"]),
         judge("accuracy on the new tasks: MultiLoRA above LoRA at equal parameter count", seeds,
-              accuracy["multilora"], accuracy["lora-equal-parameters"]),
-        judge("share of ΔW's first singular value: LoRA's above MultiLoRA's", seeds,
-              column(theirs, "first_value_share"), column(ours, "first_value_share"), "share"),
-        judge("effective rank of ΔW: MultiLoRA's above LoRA's", seeds,
-              column(ours, "effective_rank"), column(theirs, "effective_rank"), "directions"),
-        judge("effective rank of ΔW: LoRA further from SFT's than MultiLoRA", seeds,
-              *[[abs(a["effective_rank"] - b["effective_rank"]) for a, b in zip(rows, spectra["sft"])]
-                for rows in (theirs, ours)], "directions"),
-        judge("similarity of ΔW to SFT's: MultiLoRA's above LoRA's", seeds,
-              column(ours, "similarity_to_sft"), column(theirs, "similarity_to_sft"), "share of the subspace")]
-    shares = {name: results[runs[name, seeds[0]]]["trainable_parameters"] for name in names}
-    show_claims("multilora", claims)
-    store(args, "multilora", {"protocol": ALL, "tried": TRIED["multilora"], "claims": claims, "accuracy": accuracy,
-                              "spectra": spectra, "trainable_parameters": shares},
-          {run: results[run] for run in runs.values()})
+              accuracy["multilora"], accuracy["lora-equal-parameters"])]
+    spectra = {}
+    if "sft" in names:
+        spectra = {name: [spectrum(args.out / runs[name, seed].folder, args.out / runs["sft", seed].folder)
+                          for seed in seeds] for name in names}
+        column = lambda name, key: [row[key] for row in spectra[name]]
+        far = lambda name, distance: [distance(a, b) for a, b in zip(spectra[name], spectra["sft"])]
+        ranks = lambda a, b: abs(a["effective_rank"] - b["effective_rank"])
+        curves = lambda a, b: sum(abs(x - y) for x, y in zip(a["values"], b["values"])) / 2
+        claims += [
+            judge("ΔW's first singular value, as a share: LoRA's above MultiLoRA's", seeds,
+                  column("lora", "first_value_share"), column("multilora", "first_value_share"), "share"),
+            judge("ΔW's effective rank: MultiLoRA's above LoRA's", seeds,
+                  column("multilora", "effective_rank"), column("lora", "effective_rank"), "directions"),
+            judge("ΔW's spectrum, distance from SFT's: LoRA's above MultiLoRA's", seeds,
+                  far("lora", curves), far("multilora", curves), "share"),
+            judge("ΔW's effective rank, distance from SFT's: LoRA's above MultiLoRA's", seeds,
+                  far("lora", ranks), far("multilora", ranks), "directions"),
+            judge("ΔW's leading subspace, share that lies in SFT's: MultiLoRA's above LoRA's", seeds,
+                  column("multilora", "similarity_to_sft"), column("lora", "similarity_to_sft"), "share")]
+    section = section_of(args, "multilora")
+    sizes = {name: results[runs[name, seeds[0]]]["trainable_parameters"] for name in names}
+    show_claims(section, claims)
+    store(args, section, {"protocol": ALL + SUITES[args.suite], "tried": TRIED[section], "claims": claims,
+                          "accuracy": accuracy, "spectra": spectra, "trainable_parameters": sizes}, results)
 
 
 def claim_csreft(args):
@@ -511,92 +603,94 @@ def claim_csreft(args):
                 for name in (*names, "csreft-first-token")}
     opened = {name: [gates(args.out / runs[name, seed].folder) for seed in seeds]
               for name in ("csreft", "csreft-first-token")}
-    widths = {name: [row["spread"] for row in rows] for name, rows in opened.items()}
+    widths = {name: [[rounded(row[key]) for row in rows] for key in ("spread", "untrained_spread")]
+              for name, rows in opened.items()}
     claims = [
         judge("interference: LoReFT's, at equal total rank, above CS-ReFT's", seeds, lost["loreft"], lost["csreft"]),
         judge("interference: LoRA's above CS-ReFT's", seeds, lost["lora"], lost["csreft"]),
         judge("accuracy on the new tasks: CS-ReFT above LoReFT", seeds, accuracy["csreft"], accuracy["loreft"]),
         judge("accuracy on the new tasks: CS-ReFT above LoRA", seeds, accuracy["csreft"], accuracy["lora"]),
-        judge("largest difference of a gate between two tasks: routing on the prompt's mean above the first token",
-              seeds, widths["csreft"], widths["csreft-first-token"], "gate"),
+        judge("largest difference of a gate between two tasks: trained above untrained, routing on the prompt's mean",
+              seeds, *widths["csreft"], "gate"),
+        judge("largest difference of a gate between two tasks: trained above untrained, routing on the first token",
+              seeds, *widths["csreft-first-token"], "gate"),
         judge("accuracy on the new tasks: routing on the prompt's mean above the first token", seeds,
               accuracy["csreft"], accuracy["csreft-first-token"])]
     show_claims("csreft", claims)
     store(args, "csreft", {"protocol": ALL, "tried": TRIED["csreft"], "claims": claims, "accuracy": accuracy,
-                           "interference": interference, "gates": opened},
-          {run: results[run] for run in (*runs.values(), *by_itself.values())})
+                           "interference": interference, "gates": opened}, results)
 
 
 def front(args):
-    """{row: [{"lr", "weight" for Wise-FT, "speciality", "versatility"}]} on validation data, one seed."""
-    runs = {(name, lr): Run(f"facts-{name}@{lr:g}", f"{at(flags, lr)} {FACTS}", CHOSEN_WITH, "validation")
-            for name, (flags, lrs) in FRONT.items() for lr in lrs}
-    results = work(list(runs.values()), args, "the front")
-    mixed = {lr: replace(runs["sft", lr], kind="wise") for lr in WISE_FROM}
-    results |= work(list(mixed.values()), args, "Wise-FT")
-    points = {name: [{"lr": lr, **{key: results[runs[name, lr]][key] for key in ("speciality", "versatility")}}
-                     for lr in lrs] for name, (_, lrs) in FRONT.items()}
-    points["wise-ft"] = [{"lr": lr, **point} for lr, run in mixed.items() for point in results[run]["points"]]
-    return points, {run: results[run] for run in (*runs.values(), *mixed.values())}
+    """{row: [{"lr", "weight" for Wise-FT, "speciality", "versatility"}]} on validation data, one seed, by rate."""
+    run_at = lambda name, lr: Run(f"facts-{name}@{lr:g}", f"{at(FRONT[name][0], lr)} {FACTS}", CHOSEN_WITH,
+                                  "validation")
+    asked, made = {(name, lr): run_at(name, lr) for name, (_, lrs) in FRONT.items() for lr in lrs}, {}
+    for again in range(3):
+        made |= work(list(asked.values()), args, "the front" if not again else "the front, refined", may_fail=True)
+        points = {name: sorted((as_point(made[run], lr=lr) for (row, lr), run in asked.items()
+                                if row == name and run in made), key=lambda p: p["lr"]) for name in FRONT}
+        for name in REFINED:
+            enough = [p["lr"] for p in points[name] if p["speciality"] >= best_speciality(points["sft"]) - ENOUGH]
+            below = [p["lr"] for p in points[name] if enough and p["lr"] < enough[0]]
+            if again < 2 and enough:
+                lr = float(f"{math.sqrt(enough[0] * below[-1]) if below else enough[0] / 2:.1e}")
+                asked[name, lr] = run_at(name, lr)
+    mixed = {lr: replace(asked["sft", lr], kind="wise") for lr in WISE_FROM}
+    made |= work(list(mixed.values()), args, "Wise-FT")
+    points["wise-ft"] = [{"lr": lr, **p} for lr, run in mixed.items() for p in made[run]["points"]]
+    return points, made
+
+
+def best_speciality(points):
+    return max(p["speciality"] for p in points)
 
 
 def claim_cofitune(args):
     """Versatility at about equal speciality, at one rate for both and each at its best; what the mask itself does."""
+    first = sum(len(lrs) for _, lrs in FRONT.values()) + 2 * len(REFINED) + len(WISE_FROM)
+    print(f"at most {first} runs with seed {CHOSEN_WITH} to choose rates, then at most {8 * args.seeds} to judge with")
     points, made = front(args)
-    by_rate = {name: {point["lr"]: point for point in points[name]} for name in FRONT}
     # (a) the papers' protocol: one rate for both, the smallest at which CoFiTune has learned about as much as SFT.
-    shared = [lr for lr, point in by_rate["cofitune"].items() if lr in by_rate["sft"]
-              and point["speciality"] >= by_rate["sft"][lr]["speciality"] - ENOUGH]
-    if not shared:
-        raise ValueError("no rate of the grid at which CoFiTune learns about as much as SFT")
+    theirs = {p["lr"]: p["speciality"] for p in points["sft"]}
+    shared = [p["lr"] for p in points["cofitune"] if p["speciality"] >= theirs.get(p["lr"], math.inf) - ENOUGH]
     # (b) each at its own best rate: most versatility among those within two points of SFT's best speciality.
-    target = max(point["speciality"] for point in points["sft"])
-    best = {name: about_equal(points[name], target, ENOUGH) for name in points}
+    best = {name: about_equal(points[name], best_speciality(points["sft"]), ENOUGH) for name in points}
     print("\nbest of each row on validation data:")
-    for name, point in best.items():
-        print(f"  {name:<10}" + (", ".join(f"{key} {value:g}" for key, value in point.items()) if point
-                                 else "never within two points of SFT's best speciality"))
-    if not (best["cofitune"] and best["coarse"]):
-        raise ValueError("CoFiTune never comes within two points of SFT's best speciality: widen its grid")
+    for name, p in best.items():
+        print(f"  {name:<10}" + (", ".join(f"{key} {value:g}" for key, value in p.items()) if p else
+                                 "never within two points of SFT's best speciality"))
+    if not (shared and best["cofitune"]):
+        raise ValueError("CoFiTune never learns about as much as SFT: give it higher rates in FRONT")
     flags = {"sft-same-rate": at(FRONT["sft"][0], min(shared)), "cofitune-same-rate": at(PART, min(shared)),
-             **{name: at(FRONT[name][0], best[name]["lr"]) for name in FRONT if best[name]},
+             **{name: at(FRONT[name][0], best[name]["lr"]) for name in REFINED if best[name]},
              "random-mask": at(PART + " --mask-source random", best["cofitune"]["lr"])}
-    seeds = seeds_of(args)
-    named = {}  # rows that ask for the same run share it
+    if best["wise-ft"]:
+        flags["wise-source"] = at(FRONT["sft"][0], best["wise-ft"]["lr"])
+    seeds, named = seeds_of(args), {}  # rows that ask for the same run share it
     runs = {(name, seed): Run("facts-" + named.setdefault(text, name), f"{text} {FACTS}", seed)
             for name, text in flags.items() for seed in seeds}
     results = work(list(dict.fromkeys(runs.values())), args, "CoFiTune's claim")
-    scores = {name: [{key: results[runs[name, seed]][key] for key in ("speciality", "versatility")} for seed in seeds]
-              for name in flags}
+    scores = {name: [as_point(results[runs[name, seed]]) for seed in seeds] for name in flags if name != "wise-source"}
     if best["wise-ft"]:
-        sources = {seed: Run("facts-interpolated", f"{at(FRONT['sft'][0], best['wise-ft']['lr'])} {FACTS}", seed)
-                   for seed in seeds}
-        sources = {seed: next((run for run in runs.values() if (run.flags, run.seed) == (new.flags, seed)), new)
-                   for seed, new in sources.items()}
-        results |= work(list(sources.values()), args, "Wise-FT's SFT runs")
-        mixed = {seed: replace(run, kind="wise") for seed, run in sources.items()}
+        mixed = {seed: replace(runs["wise-source", seed], kind="wise") for seed in seeds}
         results |= work(list(mixed.values()), args, "Wise-FT")
-        weight = best["wise-ft"]["weight"]
-        chosen = [next(p for p in results[mixed[seed]]["points"] if p["weight"] == weight) for seed in seeds]
-        scores["wise-ft"] = [{key: point[key] for key in ("speciality", "versatility")} for point in chosen]
+        scores["wise-ft"] = [as_point(next(p for p in results[mixed[seed]]["points"]
+                                           if p["weight"] == best["wise-ft"]["weight"])) for seed in seeds]
     column = lambda name, key: [score[key] for score in scores[name]]
-    versus = lambda text, ours, theirs: {
-        **judge(text, seeds, column(ours, "versatility"), column(theirs, "versatility")),
-        "speciality": [column(ours, "speciality"), column(theirs, "speciality")]}
+    versus = lambda text, ours, theirs: judge(
+        text, seeds, column(ours, "versatility"), column(theirs, "versatility"),
+        speciality=[column(ours, "speciality"), column(theirs, "speciality")])
     claims = [versus(f"versatility at one rate for both, {min(shared):g}: CoFiTune above SFT", "cofitune-same-rate",
                      "sft-same-rate"),
               *(versus(f"versatility, each at its best rate: CoFiTune above {title}", "cofitune", other)
-                for other, title in (("sft", "SFT"), ("wise-ft", "Wise-FT"), ("sft-l2", "L2 to the base"),
-                                     ("lora", "LoRA"), ("coarse", "its coarse step alone")) if other in scores),
+                for other, title in (("sft", "SFT"), ("wise-ft", "Wise-FT"), ("coarse", "its coarse step alone"))
+                if other in scores),
               versus("versatility at one rate: CoFiTune above a random mask with the same values", "cofitune",
                      "random-mask")]
     show_claims("cofitune", claims)
-    print("\nspeciality of the same runs, by seed")
-    for claim in claims:
-        print(f"- {claim['statement']}: " + ", ".join(f"{a:g} : {b:g}" for a, b in zip(*claim["speciality"])))
     store(args, "cofitune", {"protocol": FACTS, "tried": TRIED["cofitune"], "claims": claims, "front": points,
-                             "best": best, "scores": scores, "flags": flags},
-          {**made, **{run: results[run] for run in runs.values()}})
+                             "best": best, "scores": scores, "flags": flags}, made | results)
 
 
 CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": claim_cofitune}
@@ -609,16 +703,19 @@ def main():
     parser.add_argument("--quick", action="store_true", help="150 steps, 50 examples of each task: a look")
     parser.add_argument("--tune", action="store_true", help="choose the learning rates instead")
     parser.add_argument("--claim", choices=CLAIMS, help="judge a paper's claim instead")
+    parser.add_argument("--suite", choices=SUITES, default="default", help="hard: twelve new tasks instead of six")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of all runs (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (%(default)s)")
     args = parser.parse_args()
     if wrong := [name for name in args.methods if name not in METHODS]:
         parser.error(f"unknown method {wrong[0]!r}; valid: {', '.join(METHODS)}")
     if args.tune + bool(args.claim) + bool(args.methods or args.quick) > 1:
         parser.error("give one of --tune, --claim NAME, and methods or --quick")
-    if not 1 <= args.seeds <= len(SEEDS):
-        parser.error(f"--seeds is {args.seeds}, expected from 1 to {len(SEEDS)}")
+    if args.suite != "default" and args.claim != "multilora":
+        parser.error(f"--suite {args.suite} goes with --claim multilora")
+    if not (5 if args.claim else 1) <= args.seeds <= len(SEEDS):
+        parser.error(f"--seeds is {args.seeds}, expected from {5 if args.claim else 1} to {len(SEEDS)}")
     if min(args.jobs, args.threads) < 1:
         parser.error("--jobs and --threads must be at least 1")
     args.out = args.out.resolve()

@@ -49,8 +49,8 @@ def seeds_text(seeds):
 
 def accuracy(everything, page):
     """Bars: each new task and the two means, by method."""
-    section = everything["compare"]
-    rows = section["rows"]
+    rows = everything["compare"]["rows"]
+    seeds = list(next(iter(rows.values()))["seeds"])
     tasks = list(next(iter(rows.values()))["tasks"])
     groups = [*tasks, "speciality", "versatility"]
     fig, ax = plt.subplots(figsize=(8.3, 3.9))
@@ -68,7 +68,7 @@ def accuracy(everything, page):
     ax.set_ylim(0, 105)
     ax.grid(axis="x", visible=False)
     ax.set_title(f"Six new tasks learned together, each method at its best learning rate\n"
-                 f"mean and standard deviation of {seeds_text(section['seeds'])}; in brackets: trained / base",
+                 f"mean and standard deviation of {seeds_text(seeds)}; in brackets: trained / base",
                  loc="left")
     fig.legend(loc="outside lower center", ncols=6, handlelength=1.0, columnspacing=1.1, fontsize=9)
     return fig
@@ -158,24 +158,26 @@ def front(everything, page):
                 ax.plot([p["speciality"] for p in curve], [p["versatility"] for p in curve], marker="o", markersize=3,
                         linewidth=1.2, linestyle=":" if name == "wise-ft" else "-", color=colour(name, page),
                         label=NAMES[name] if not i else None)
-        for name, scores in section["scores"].items():
+        for name, scores in section["scores"].items() if ax is close else ():
             base = {"sft-same-rate": "sft", "cofitune-same-rate": "cofitune"}.get(name, name)
             x, y = ([score[key] for score in scores] for key in ("speciality", "versatility"))
             deviation = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (x, y)]
             ax.errorbar(statistics.mean(x), statistics.mean(y), xerr=deviation[0], yerr=deviation[1], capsize=2,
-                        marker="*" if name == base else "s", markersize=11 if name == base else 6,
+                        marker="X" if name == "random-mask" else "*" if name == base else "s",
+                        markersize=11 if name == base else 6,
                         color=colour(base, page), markeredgecolor=page["ink"], ecolor=page["ink"], linestyle="",
-                        label=NAMES[name] + ", test" if name == "random-mask" else None, zorder=5)
+                        label=NAMES[name] if name == "random-mask" else None, zorder=5)
         ax.set_xlabel("speciality: two new fact tasks (%)")
     wide.set_ylabel("versatility: ten general tasks (%)")
     wide.set_xlim(-2, 102)
     wide.set_ylim(-2, 102)
-    close.set_xlim(90, 100.6)
-    ys = [p["versatility"] for points in section["front"].values() for p in points if p["speciality"] >= 90]
-    close.set_ylim(max(-2, sorted(ys)[len(ys) // 4] - 6), max(ys) + 4)
+    judged = [score for scores in section["scores"].values() for score in scores]
+    close.set_xlim(min(94.0, min(score["speciality"] for score in judged) - 1), 100.4)
+    highest = max(score["versatility"] for score in judged)
+    close.set_ylim(min(score["versatility"] for score in judged) - 2, highest + 6)
     wide.set_title("One point for each learning rate\n(Wise-FT: each weight), validation, seed 0", loc="left")
-    close.set_title(f"Close-up; ★ best rate, ■ one rate for both:\ntest data, mean ± std of {seeds_text(seeds)}",
-                    loc="left")
+    close.set_title(f"The same, and test data, mean ± std of {seeds_text(seeds)}:\n★ at the best rate, ■ one rate for "
+                    "both, ✖ random mask", loc="left")
     fig.legend(*wide.get_legend_handles_labels(), loc="outside lower center", ncols=7, handlelength=1.5,
                columnspacing=1.0, fontsize=9)
     return fig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 STORED, README = HERE / "results" / "compare.json", HERE.parent / "README.md"
-MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.S)
+MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:(?!<!-- table).)*?(<!-- end of table -->)", re.S)
 
 
 def markdown(head, rows):
@@ -68,12 +68,18 @@ def tuning(everything):
 def claims(name):
     def table(everything):
         def values(claim):
-            digits = 2 if claim["unit"] in ("share", "gate", "share of the subspace") else 1
+            digits = 2 if claim["unit"] in ("share", "gate") else 1
             return ", ".join(f"{a:.{digits}f} / {b:.{digits}f}" for a, b in zip(claim["ours"], claim["theirs"]))
 
-        return markdown(["claim", "verdict", "p", "each seed"], [
-            [claim["statement"], f"**{claim['verdict']}**", f"{claim['p']:.3f}", values(claim)]
-            for claim in everything[name]["claims"]])
+        rows = [[claim["statement"], f"**{claim['verdict']}**", f"{claim['p']:.3f}", f"{claim['p_other_way']:.3f}",
+                 values(claim)] for claim in everything[name]["claims"]]
+        specialities = [claim["speciality"] for claim in everything[name]["claims"]]
+        if any(specialities):
+            for row, pair in zip(rows, specialities):
+                row.append("{:.1f} / {:.1f}".format(*map(statistics.mean, pair)))
+        head = ["claim", "verdict", "p", "p, other way", "each seed"]
+        return markdown(head + ["mean speciality"] * any(specialities), rows)
+
     return table
 
 
@@ -84,8 +90,8 @@ def spectra(everything):
     column = lambda name, key, digits: (f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
                                         if len(values := [row[key] for row in section["spectra"][name]]) > 1
                                         else f"{values[0]:.{digits}f}")
-    return markdown(["", "trained", "new tasks", "first value's share", "effective rank",
-                     "subspace shared with SFT's update"], [
+    return markdown(["first 12 singular values", "trained", "new tasks", "first value's share", "effective rank",
+                     "leading subspace in SFT's"], [
         [title, f"{section['trainable_parameters'][name]:,}", deviation(section["accuracy"][name]),
          column(name, "first_value_share", 3), column(name, "effective_rank", 1),
          "" if name == "sft" else column(name, "similarity_to_sft", 3)] for name, title in titles.items()])
@@ -128,7 +134,7 @@ TABLES = {"comparison": comparison, "tasks": tasks, "tuning": tuning, "spectra":
 
 
 def rewritten(text, everything):
-    """A README with the tables between its marks made anew; KeyError for a mark that names no table."""
+    """A README with the tables between its marks made anew. KeyError for a section that is not in compare.json."""
     return MARK.sub(lambda m: m[1] + "\n" + TABLES[m[2]](everything) + "\n\n" + m[3], text)
 
 
@@ -159,7 +165,11 @@ def main():
         if not STORED.exists():
             sys.exit(f"table.py: error: {STORED} does not exist; python reproduce/compare.py writes such a file")
         everything = json.loads(STORED.read_text(encoding="utf-8"))
-        README.write_text(rewritten(README.read_text(encoding="utf-8"), everything), encoding="utf-8")
+        try:
+            text = rewritten(README.read_text(encoding="utf-8"), everything)
+        except KeyError as error:
+            sys.exit(f"table.py: error: {STORED} has no {error}; README is as it was")
+        README.write_text(text, encoding="utf-8")
     elif len(sys.argv) == 2 and runs_of(sys.argv[1]):
         print(controls(sys.argv[1]))
     else:
