@@ -65,7 +65,7 @@ METHODS = {"sft": "--method sft", "lora": "--method lora", "multilora": "--metho
 FIRST_TOKEN = METHODS["csreft"] + " --route-on first_token"
 # {row: (flags, rates)}. The best rate is the one with the highest speciality; of those within TIE points of it, the
 # one with the highest versatility.
-TIE = 1.0
+TIE = 0.5
 GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
         "lora": (METHODS["lora"], (2e-3, 4e-3, 8e-3)),
         "multilora": (METHODS["multilora"], (4e-3, 8e-3, 1.6e-2)),
@@ -77,8 +77,8 @@ GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
         "multilora-rank-3": (METHODS["multilora"] + " --rank 1 --alpha 2", (4e-3, 8e-3, 1.6e-2)),
         "lora-rank-3": (METHODS["lora"] + " --rank 3 --alpha 6", (4e-3, 8e-3, 1.6e-2)),
         # or twice as many tasks
-        "multilora-hard": (METHODS["multilora"] + SUITES["hard"], (4e-3, 8e-3)),
-        "lora-hard": (METHODS["lora"] + SUITES["hard"], (2e-3, 4e-3))}
+        "multilora-hard": (METHODS["multilora"] + SUITES["hard"], (4e-3, 8e-3, 1.6e-2)),
+        "lora-hard": (METHODS["lora"] + SUITES["hard"], (2e-3, 4e-3, 8e-3))}
 # MultiLoRA's count needs a rank of 13.6 in LoRA; 14 has 2.7 % more parameters than MultiLoRA, and takes LoRA's rate.
 EQUAL_PARAMETERS = METHODS["lora"] + " --rank 14 --alpha 28"
 # Speciality against versatility, one line for each row and one point for each rate, on the fact tasks. The rows of
