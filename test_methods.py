@@ -1611,6 +1611,8 @@ def test_the_sign_test_equals_counting_all_outcomes():
     for lower, verdict in ((98.0, "holds"), (97.9, "undecided")):  # more than two points below is not about equal
         claim = compare.judge("", range(5), [2] * 5, [1] * 5, "points", [[lower] * 5, [100.0] * 5])
         assert claim["verdict"] == verdict
+        claim = compare.judge("", range(5), [1] * 5, [2] * 5, "points", [[100.0] * 5, [lower] * 5])
+        assert claim["verdict"] == verdict.replace("holds", "does not hold")
     assert compare.band([1.0, 2.0, 3.0]) == [0.0, 4.0] and compare.band([5.0]) == [5.0, 5.0]
 
 

@@ -112,7 +112,7 @@ def front(everything):
     section = everything["cofitune"]
     titles = {"sft": "SFT", "coarse": "CoFiTune, coarse only", "cofitune": "CoFiTune", "wise-ft": "Wise-FT",
               "sft-l2": "SFT with L2 to the base", "lora": "LoRA", "random-mask": "CoFiTune, random mask",
-              "sft-same-rate": "SFT, at the shared rate", "cofitune-same-rate": "CoFiTune, at the shared rate"}
+              "sft-same-rate": "SFT at CoFiTune's rate"}
     rows = []
     for name, title in titles.items():
         if name not in section["scores"]:
