@@ -116,7 +116,8 @@ def heat(ax, table, rows, columns, page, low, high, form, signed=False):
         for j, value in enumerate(line):
             part = (value - low) / (high - low)
             strong = abs(part - 0.5) > 0.3 if signed else (part > 0.55) == (page["map"] == "Blues")
-            ax.text(j, i, form.format(value), ha="center", va="center", fontsize=9,
+            text = form.format(value)
+            ax.text(j, i, "0" if text in ("-0", "+0") else text, ha="center", va="center", fontsize=9,
                     color="#ffffff" if strong else "#111111")
 
 
@@ -139,7 +140,7 @@ def gates(everything, page):
     largest = max(abs(value) for line in means for value in line)
     heat(axes[2], [*means, methods_mean], [*tasks, "mean"], [NAMES[m] for m in methods], page, -largest, largest,
          "{:+.0f}", signed=True)
-    axes[2].set_title(f"Alone − together (points),\nmean of {seeds_text(seeds)}", loc="left")
+    axes[2].set_title(f"Interference: alone − together\n(points), mean of {seeds_text(seeds)}", loc="right", ha="right")
     return fig
 
 
@@ -158,8 +159,10 @@ def front(everything, page):
                 ax.plot([p["speciality"] for p in curve], [p["versatility"] for p in curve], marker="o", markersize=3,
                         linewidth=1.2, linestyle=":" if name == "wise-ft" else "-", color=colour(name, page),
                         label=NAMES[name] if not i else None)
-        for name, scores in section["scores"].items() if ax is close else ():
-            base = {"sft-same-rate": "sft", "cofitune-same-rate": "cofitune"}.get(name, name)
+        for name, scores in section["scores"].items():
+            if (name == "sft-same-rate") != (ax is wide):
+                continue
+            base = "sft" if name == "sft-same-rate" else name
             x, y = ([score[key] for score in scores] for key in ("speciality", "versatility"))
             deviation = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in (x, y)]
             ax.errorbar(statistics.mean(x), statistics.mean(y), xerr=deviation[0], yerr=deviation[1], capsize=2,
@@ -171,13 +174,14 @@ def front(everything, page):
     wide.set_ylabel("versatility: ten general tasks (%)")
     wide.set_xlim(-2, 102)
     wide.set_ylim(-2, 102)
-    judged = [score for scores in section["scores"].values() for score in scores]
+    judged = [score for name, scores in section["scores"].items() if name != "sft-same-rate" for score in scores]
     close.set_xlim(min(94.0, min(score["speciality"] for score in judged) - 1), 100.4)
     highest = max(score["versatility"] for score in judged)
-    close.set_ylim(min(score["versatility"] for score in judged) - 2, highest + 6)
-    wide.set_title("One point for each learning rate\n(Wise-FT: each weight), validation, seed 0", loc="left")
-    close.set_title(f"The same, and test data, mean ± std of {seeds_text(seeds)}:\n★ at the best rate, ■ one rate for "
-                    "both, ✖ random mask", loc="left")
+    close.set_ylim(min(score["versatility"] for score in judged) - 8, highest + 6)
+    wide.set_title("Dots: one for each rate or weight, validation,\nseed 0; ■ SFT at CoFiTune's best rate, test",
+                   loc="left")
+    close.set_title(f"Close-up, and test data, mean ± std of {seeds_text(seeds)}:\n★ at its best rate, "
+                    "✖ CoFiTune with a random mask", loc="left")
     fig.legend(*wide.get_legend_handles_labels(), loc="outside lower center", ncols=7, handlelength=1.5,
                columnspacing=1.0, fontsize=9)
     return fig
