@@ -1642,7 +1642,8 @@ def test_published_verdicts_and_tables_follow_from_the_stored_figures():
     assert table.rewritten(readme, stored) == readme, "run python reproduce/table.py --readme"
 
 
-def test_a_quick_comparison_survives_a_kill_lands_in_its_published_band_and_is_made_once(tmp_path):
+def test_a_quick_comparison_survives_a_kill_lands_in_its_published_band_and_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the band is a CPU's
     command = ["reproduce/compare.py", "multilora", "--seeds", "1", "--quick", "--jobs", "1", "--out", str(tmp_path)]
     folder = tmp_path / "quick-multilora-test-11"
     process = subprocess.Popen([sys.executable, *command], cwd=HERE, stdout=subprocess.DEVNULL)
