@@ -132,7 +132,7 @@ def front(everything):
 
 TABLES = {"comparison": comparison, "tasks": tasks, "tuning": tuning, "spectra": spectra,
           "interference": interference, "front": front,
-          **{f"claims-{name}": claims(name) for name in ("multilora", "csreft", "cofitune")}}
+          **{f"claims-{name}": claims(name) for name in ("multilora", "multilora-hard", "csreft", "cofitune")}}
 
 
 def rewritten(text, everything):
