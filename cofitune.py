@@ -33,17 +33,16 @@ Order within a step: gradients of all micro-batches add up, clipping sees them u
 optimiser (`grad`), or the optimiser and then the mask on what it did (`update`).
 Full supervised fine-tuning is the special case of everything trainable and no mask: `--method sft`.
 
-Read in this order: equation (above), Config, the module (search and importance), attach, analysis.
+Read in this order: equation (above), Config, the module (search and importance), attach.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 
-from model import LINEARS, SHAPES, Adapter, Context, Llama, command_line, count_parameters, find_linears, parse_layers
+from model import LINEARS, Adapter, Context, UserError, find_linears, parse_layers
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -52,25 +51,17 @@ from model import LINEARS, SHAPES, Adapter, Context, Llama, command_line, count_
 class Config:
     layers: Annotated[str, "layers to train: search, all, a list such as 3,9, or a range such as 25%-50%"] = "search"
     modules: Annotated[str, "what to train in them: linear layers, or all; searched too"] = "up_proj,down_proj"
-    search_steps: Annotated[int, "optimiser steps of each node of the search"] = 200
+    search_steps: Annotated[int, "optimiser steps of each node of the search", "[1, inf)"] = 200
     mask_on: Annotated[Literal["update", "grad", "none"], "what 1 - I multiplies"] = "update"
     mask_source: Annotated[Literal["importance", "random"],
                            "random: the same values on shuffled units, a control"] = "importance"
-    importance_dropout: Annotated[float, "dropout of the two passes"] = 0.1
-    importance_batches: Annotated[int, "batches that the importance is a mean over"] = 16
-    l2_to_base: Annotated[float, "adds this times the squared distance to the base, a baseline"] = 0.0
-    lr: Annotated[float, "peak learning rate"] = 1e-3
+    importance_dropout: Annotated[float, "dropout of the two passes", "(0, 1)"] = 0.1
+    importance_batches: Annotated[int, "batches that the importance is a mean over", "[1, inf)"] = 16
+    l2_to_base: Annotated[float, "adds this times the squared distance to the base, a baseline", "[0, inf)"] = 0.0
 
     def __post_init__(self):
-        for name in ("search_steps", "importance_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
-        if not 0 < self.importance_dropout < 1:
-            raise ValueError(f"--importance-dropout is {self.importance_dropout}, expected between 0 and 1")
-        if not 0 <= self.l2_to_base < math.inf:
-            raise ValueError(f"--l2-to-base is {self.l2_to_base}, expected at least 0")
         if self.modules == "all" and self.mask_on != "none":
-            raise ValueError("--modules all trains embeddings and norms too, which have no units to mask: "
+            raise UserError("--modules all trains embeddings and norms too, which have no units to mask: "
                              "use --mask-on none, or name linear layers")
 
 
@@ -121,8 +112,10 @@ def plan(config, model_config, trial):
 
 def inside(layers, count):
     """Whether a model of `count` layers has any in this range: a quarter of a very small one may be empty."""
-    low, high = (float(part.rstrip("%")) / 100 for part in layers.split("-"))
-    return any(low <= (i + 0.5) / count < high for i in range(count))
+    try:
+        return bool(parse_layers(layers, count))
+    except UserError:
+        return False
 
 
 def draw_tree(tree, scores, path, node=None, indent=""):
@@ -189,7 +182,7 @@ def importance(model, linears, batches, dropout):
 
 def two_pass_kl(model, batch):
     """KL(p_2 || p_1), mean over the labelled tokens, of two passes that differ only in their dropout."""
-    first, second = (model.labelled_logits(batch.ids, batch.labels, Context(batch.prompt_mask, batch.tasks))[0]
+    first, second = (model.labelled_logits(batch.ids, batch.labels, Context(batch.ctx.prompt_mask, batch.ctx.tasks))[0]
                      for _ in range(2))
     wide = torch.promote_types(first.dtype, torch.float32)
     log_p1, log_p2 = first.to(wide).log_softmax(-1), second.to(wide).log_softmax(-1)
@@ -271,7 +264,7 @@ class CoFiTuneAdapter(Adapter):
 def choose(model, config):
     """(layer numbers, {name: parameter} to train, {name: nn.Linear} among them) for a Config with settled layers."""
     if config.layers == "search":
-        raise ValueError("--layers search has to be settled by plan() first; name layers such as 25%-50%")
+        raise UserError("--layers search has to be settled by plan() first; name layers such as 25%-50%")
     layers = parse_layers(config.layers, model.config.num_hidden_layers)
     inside = tuple(f"model.layers.{i}." for i in layers)
     names = LINEARS if config.modules == "all" else [m.strip() for m in config.modules.split(",")]
@@ -287,41 +280,9 @@ def choose(model, config):
 
 
 def attach(model, config):
-    """Frees the chosen weights. Raises ValueError for an empty layer range or a module that does not exist."""
+    """Frees the chosen weights. Raises UserError for an empty layer range or a module that does not exist."""
     model.requires_grad_(False)
     _, trained, linears = choose(model, config)
     for p in trained.values():
         p.requires_grad_(True)
     return CoFiTuneAdapter(model, config, trained, linears)
-
-
-# ---------------------------------------------------------------------------------------------- analysis
-
-
-def count(name, config):
-    """Prints what is trained at a published model size; makes no weights."""
-    with torch.device("meta"):
-        model = Llama(SHAPES[name])
-    layers, trained, _ = choose(model, config)
-    number, total = sum(p.numel() for p in trained.values()), count_parameters(SHAPES[name])
-    print(f"{name}: layers {layers[0]} to {layers[-1]} of {model.config.num_hidden_layers}, {config.modules}: "
-          f"{number:,} of {total:,} parameters trained, {100 * number / total:.2f} %")
-
-
-def main():
-    """`--count NAME` counts; otherwise the flags are those of train.py, and the tree search runs alone."""
-    import train
-
-    parser = train.Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--count", choices=SHAPES, help="count trained parameters at a published size")
-    args, rest = parser.parse_known_args()
-    config, method_config = train.parse(["--method", "cofitune", *rest], train.find_methods())
-    if args.count:
-        layers = "25%-50%" if method_config.layers == "search" else method_config.layers
-        return count(args.count, replace(method_config, layers=layers))
-    job = train.open_job(replace(config, out=config.out or "out/cofitune-search"), "cofitune", method_config)
-    train.settle(job)
-
-
-if __name__ == "__main__":
-    command_line(main)

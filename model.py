@@ -5,19 +5,17 @@ One decoder layer, for hidden states h of shape (B, T, d):
     h = h + o_proj(attention(rope(q_proj(n)), rope(k_proj(n)), v_proj(n)))      n = RMSNorm(h)
     h = h + down_proj(silu(gate_proj(n)) * up_proj(n))                          n = RMSNorm(h)
 
-Read in this order: the configuration and what is refused, the blocks, the model, loading and saving, generation, the
-contract that every fine-tuning method fulfils (`Adapter`), and a small program: `python model.py base "prompt"`.
+Read in this order: the configuration and what is refused, the blocks, the model with loading, saving and generation,
+files, and the contract that every fine-tuning method fulfils (`Adapter`). This file imports nothing of the project:
+with one method file beside it, it works in any other one.
 
 Shapes: B batch, T tokens, d hidden width, h heads, g key-value heads, hd head width, V vocabulary.
-Errors: a ValueError means that what the user asked for cannot be done; its message is the one line they see.
+Errors: a UserError means that what the user asked for cannot be done; its message is the one line they see.
 Source: Touvron et al., "LLaMA" (arXiv 2302.13971) and "Llama 2" (2307.09288); rotary positions, Su et al. (2104.09864).
 """
 
 import json
 import math
-import shutil
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +28,11 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, in order of use
+
+
+class UserError(ValueError):
+    """A user's mistake, or what a file of theirs cannot give. The programs show it as one line, without a traceback;
+    any other exception is a bug."""
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -62,15 +65,22 @@ class LlamaConfig:
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
     @classmethod
+    def from_pretrained(cls, path):
+        """Reads the `config.json` of a checkpoint folder. Raises UserError as from_dict does."""
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such folder; expected a checkpoint in Hugging Face layout")
+        return cls.from_dict(read_json(Path(path) / "config.json"), Path(path) / "config.json")
+
+    @classmethod
     def from_dict(cls, raw, where="config.json"):
         """Reads a parsed `config.json`.
 
-        Raises ValueError, naming the key, for what this model does not compute: another architecture, sliding-window
+        Raises UserError, naming the key, for what this model does not compute: another architecture, sliding-window
         attention, quantised weights, another activation, an unknown RoPE type, or a missing size.
         """
 
         def refuse(key, expected):
-            raise ValueError(f"{where}: {key} is {raw.get(key)!r}, expected {expected}")
+            raise UserError(f"{where}: {key} is {raw.get(key)!r}, expected {expected}")
 
         kind = raw.get("model_type", "llama")
         if kind not in ("llama", "mistral"):
@@ -78,7 +88,7 @@ class LlamaConfig:
         if kind == "mistral" and raw.setdefault("sliding_window", 4096) is not None:  # transformers' default
             refuse("sliding_window", "null, written out: sliding-window attention is not implemented")
         if raw.get("quantization_config"):
-            raise ValueError(f"{where}: quantization_config is set, expected float32, float16 or bfloat16 weights")
+            raise UserError(f"{where}: quantization_config is set, expected float32, float16 or bfloat16 weights")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", "'silu'")
         for f in fields(cls)[:5]:
@@ -88,17 +98,17 @@ class LlamaConfig:
         # Newer files say everything about RoPE in one dictionary, older ones in `rope_theta` and `rope_scaling`.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
-            raise ValueError(f"{where}: RoPE scaling is {rope!r}, expected null or an object with rope_type and factor")
+            raise UserError(f"{where}: RoPE scaling is {rope!r}, expected null or an object with rope_type and factor")
         rope = dict(rope)
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
         rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
         required = {"default": (), "linear": ("factor",), "llama3": (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         if rope_type not in required:
-            raise ValueError(f"{where}: RoPE type is {rope_type!r}, expected one of {', '.join(required)}")
+            raise UserError(f"{where}: RoPE type is {rope_type!r}, expected one of {', '.join(required)}")
         for key in required[rope_type]:
             if not isinstance(rope.get(key), (int, float)):
-                raise ValueError(f"{where}: RoPE type {rope_type!r} needs a number {key!r}, found {rope.get(key)!r}")
+                raise UserError(f"{where}: RoPE type {rope_type!r} needs a number {key!r}, found {rope.get(key)!r}")
 
         known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
         known.update(rope_theta=float(theta), rope_scaling=None if rope_type == "default" else rope)
@@ -283,11 +293,16 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dtype = torch.float32  # of the computation, whatever the trained tensors have
         self.tie_weights()
 
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
+
+    def autocast(self):
+        """Mixed precision where computation is asked for in bfloat16, so that float32 trained tensors can meet it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def forward(self, ids, labels=None, ctx=None, reduction="mean"):
         """ids (B, T) -> logits (B, T, V); with labels (B, T) -> the loss over labelled tokens.
@@ -329,10 +344,9 @@ class Llama(nn.Module):
 
         Every tensor goes from the file straight to `device` and `dtype`; the peak extra memory is one tensor. One that
         is already right stays mapped: its pages are read when first used, and changing them leaves the file unchanged.
-        Raises ValueError, naming file, tensor and what was expected, for anything missing, misshapen or left over.
+        Raises UserError, naming file, tensor and what was expected, for anything missing, misshapen or left over.
         """
-        path, state = Path(path), {}
-        config = LlamaConfig.from_dict(read_json(path / "config.json"), path / "config.json")
+        path, state, config = Path(path), {}, LlamaConfig.from_pretrained(path)
         files = tensor_files(path)  # {tensor name: file}
         with torch.device("meta"):
             model = cls(config)
@@ -344,26 +358,27 @@ class Llama(nn.Module):
         # The largest first: it is mapped while it is converted, and the peak is lowest while little else is loaded.
         for name, target in sorted(targets.items(), key=lambda item: -item[1].numel()):
             if name not in files:
-                raise ValueError(f"{path}: tensor {name!r} is missing, expected shape {tuple(target.shape)}")
+                raise UserError(f"{path}: tensor {name!r} is missing, expected shape {tuple(target.shape)}")
             # Reopened for each tensor: pages of a mapped file count as memory for as long as the mapping lives.
             with open_tensors(files[name]) as tensors:
                 stored = tensors.get_slice(name)
                 shape, kind = tuple(stored.get_shape()), stored.get_dtype()
                 if kind not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{files[name]}: tensor {name!r} holds {kind}, expected F32, F16 or BF16: "
+                    raise UserError(f"{files[name]}: tensor {name!r} holds {kind}, expected F32, F16 or BF16: "
                                      "quantised weights cannot be read")
                 if shape != tuple(target.shape):
-                    raise ValueError(f"{files[name]}: tensor {name!r} has shape {shape}, "
+                    raise UserError(f"{files[name]}: tensor {name!r} has shape {shape}, "
                                      f"expected {tuple(target.shape)}")
                 state[name] = tensors.get_tensor(name).to(device, dtype)
         ignored = ("rotary_emb.inv_freq", *((embedding, head) if config.tie_word_embeddings else ()))
         stray = [name for name in files if name not in targets and not name.endswith(ignored)]
         if stray:
-            raise ValueError(f"{path}: {len(stray)} tensors have no place in this model, the first is {stray[0]!r}; "
+            raise UserError(f"{path}: {len(stray)} tensors have no place in this model, the first is {stray[0]!r}; "
                              "config.json does not describe this file")
         if config.tie_word_embeddings:  # whichever the file held is the embedding
             state.setdefault(embedding, state.pop(head, None))
         model.load_state_dict(state, strict=False, assign=True)
+        model.dtype = dtype
         return model.tie_weights().eval()
 
     def tie_weights(self):
@@ -374,13 +389,13 @@ class Llama(nn.Module):
     def save_pretrained(self, path):
         """Writes `config.json` and `model.safetensors` as transformers reads them; tied weights once.
 
-        Raises ValueError while a method's own tensors are in the model: merge it first.
+        Raises UserError while a method's own tensors are in the model: merge it first.
         """
         with torch.device("meta"):
             names = Llama(self.config).state_dict().keys()
         tensors = self.state_dict()
         if extra := [name for name in tensors if name not in names]:
-            raise ValueError(f"cannot save a plain checkpoint while {extra[0]!r} is attached: merge() first")
+            raise UserError(f"cannot save a plain checkpoint while {extra[0]!r} is attached: merge() first")
         if self.config.tie_word_embeddings:
             tensors.pop("lm_head.weight")
         path = Path(path)
@@ -394,7 +409,7 @@ class Llama(nn.Module):
     # ------------------------------------------------------------------------------------------ generation
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None, tasks=None):
+    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None):
         """Continues a batch of prompts of any lengths with a key-value cache.
 
         prompts: lists of token ids. stop: the token ids that end a row (not returned). temperature 0 is greedy.
@@ -403,16 +418,16 @@ class Llama(nn.Module):
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         B, T = len(prompts), int(lengths.max())
         if int(lengths.min()) == 0:
-            raise ValueError("cannot continue an empty prompt: it has no token, not even BOS")
+            raise UserError("cannot continue an empty prompt: it has no token, not even BOS")
         if T + max_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's "
+            raise UserError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's "
                              f"max_position_embeddings of {self.config.max_position_embeddings}")
         ids = torch.zeros(B, T, dtype=torch.long, device=self.device)
         for row, prompt in zip(ids, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
         cache = Cache(self.config, B, T + max_new_tokens, self.device, self.model.embed_tokens.weight.dtype)
         mask = torch.arange(T, device=self.device) < lengths[:, None]
-        h = self.model(ids, Context(prompt_mask=mask, tasks=tasks, cache=cache))[cache.rows, lengths - 1]  # (B, d)
+        h = self.model(ids, Context(prompt_mask=mask, cache=cache))[cache.rows, lengths - 1]  # (B, d)
         rows, done, stop = [[] for _ in prompts], [False] * B, set(stop)
         for step in range(max_new_tokens):
             logits = self.lm_head(h)
@@ -429,20 +444,23 @@ class Llama(nn.Module):
                 break
             positions = (lengths + step)[:, None]
             cache.used = T + step + 1
-            h = self.model(token[:, None], Context(tasks=tasks, cache=cache, positions=positions))[:, 0]
+            h = self.model(token[:, None], Context(cache=cache, positions=positions))[:, 0]
         return rows
 
 
+# ---------------------------------------------------------------------------------------------- files
+
+
 def read_json(path):
-    """The object (dict) in a JSON file. Raises ValueError in one line where the file is absent or holds no such."""
+    """The object (dict) in a JSON file. Raises UserError in one line where the file is absent or holds no such."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object: {{...}}")
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object: {{...}}")
     return value
 
 
@@ -459,7 +477,7 @@ def open_tensors(file):
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file, fetch it again: {error}") from None
+        raise UserError(f"{file} is not a complete safetensors file, fetch it again: {error}") from None
 
 
 def tensor_files(path):
@@ -468,22 +486,22 @@ def tensor_files(path):
     if index.exists() and not single.exists():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-            raise ValueError(f"{index}: weight_map is missing or malformed, expected {{tensor name: file name}}")
+            raise UserError(f"{index}: weight_map is missing or malformed, expected {{tensor name: file name}}")
         places = {name: path / file for name, file in places.items()}
         for file in sorted(set(places.values())):
             if not file.exists():
-                raise ValueError(f"{index} names {file.name}, which is not in the folder: fetch the missing shard")
+                raise UserError(f"{index} names {file.name}, which is not in the folder: fetch the missing shard")
             with open_tensors(file) as tensors:
                 held = set(tensors.keys())
             if absent := [name for name, place in places.items() if place == file and name not in held]:
-                raise ValueError(f"{file}: tensor {absent[0]!r} is missing, {index.name} says it is there")
+                raise UserError(f"{file}: tensor {absent[0]!r} is missing, {index.name} says it is there")
         return places
     if single.exists():
         with open_tensors(single) as tensors:
             return {name: single for name in tensors.keys()}
     found = next((f", only {p.name}: load and save it with transformers, which writes safetensors"
                   for p in sorted(path.glob("*.bin"))), "")
-    raise ValueError(f"{path} has no model.safetensors{found}")
+    raise UserError(f"{path} has no model.safetensors{found}")
 
 
 # ---------------------------------------------------------------------------------------------- the method contract
@@ -523,20 +541,20 @@ class Adapter:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def load_tensors(self, tensors):
-        """Restores what tensors() gave. Raises ValueError where names or shapes differ."""
+        """Restores what tensors() gave. Raises UserError where names or shapes differ."""
         own = self.tensors()
         if own.keys() != tensors.keys():
             name = min(own.keys() ^ tensors.keys())
-            raise ValueError(f"adapter tensor {name!r} is {'missing' if name in own else 'unexpected'}: "
+            raise UserError(f"adapter tensor {name!r} is {'missing' if name in own else 'unexpected'}: "
                              "the file was made with other settings")
         for name, target in own.items():
             if target.shape != tensors[name].shape:
-                raise ValueError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                raise UserError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, "
                                  f"expected {tuple(target.shape)}: the file was made with other settings")
             target.copy_(tensors[name])
 
     def merge(self):
-        """Folds the update into the base weights and takes the method out of the model. Raises ValueError where that
+        """Folds the update into the base weights and takes the method out of the model. Raises UserError where that
         is impossible."""
 
     def report(self):
@@ -550,20 +568,15 @@ def count_parameters(config):
         return sum(p.numel() for p in Llama(config).parameters())
 
 
-# Published shapes, for counting parameters without weights (V, d, MLP width, layers, heads; from their config.json).
-SHAPES = {"llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32), "llama-2-13b": LlamaConfig(32000, 5120, 13824, 40, 40),
-          "llama-33b": LlamaConfig(32000, 6656, 17920, 60, 52)}
-
-
 def find_linears(model, targets):
     """The decoder layers' linear modules whose last name is in `targets`: {full name: nn.Linear}.
 
-    Raises ValueError, listing the valid names, for a target that matches nothing.
+    Raises UserError, listing the valid names, for a target that matches nothing.
     """
     if wrong := [t for t in targets if t not in LINEARS]:
-        raise ValueError(f"target {wrong[0]!r} matches no linear layer; valid: {', '.join(LINEARS)}")
+        raise UserError(f"target {wrong[0]!r} matches no linear layer; valid: {', '.join(LINEARS)}")
     if not targets:
-        raise ValueError(f"no target given; valid: {', '.join(LINEARS)}")
+        raise UserError(f"no target given; valid: {', '.join(LINEARS)}")
     return {name: m for name, m in model.named_modules()
             if name.startswith("model.layers.") and name.rsplit(".", 1)[1] in targets}
 
@@ -571,7 +584,7 @@ def find_linears(model, targets):
 def parse_layers(text, count):
     """Layer numbers from "all", "3,9,18" or "25%-50%", for a model of `count` layers (0-based).
 
-    Layer i lies in lo-hi % when lo <= (i + 1/2) / count < hi. Raises ValueError for a range that is malformed, empty or
+    Layer i lies in lo-hi % when lo <= (i + 1/2) / count < hi. Raises UserError for a range that is malformed, empty or
     outside the model.
     """
     if text == "all":
@@ -583,142 +596,9 @@ def parse_layers(text, count):
         else:
             layers = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise ValueError(f"layers {text!r}: expected all, a list such as 3,9,18 or a range such as 25%-50%") from None
+        raise UserError(f"layers {text!r}: expected all, a list such as 3,9,18 or a range such as 25%-50%") from None
     if not layers:
-        raise ValueError(f"layers {text!r}: this range holds none of the model's {count} layers")
+        raise UserError(f"layers {text!r}: this range holds none of the model's {count} layers")
     if layers[0] < 0 or layers[-1] >= count:
-        raise ValueError(f"layers {text!r}: the model has layers 0 to {count - 1}")
+        raise UserError(f"layers {text!r}: the model has layers 0 to {count - 1}")
     return layers
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-
-def command_line(main):
-    """Runs a program. A user's mistake, which is a ValueError raised by a file of this folder or of one in it, or an
-    OSError, becomes one line and exit code 2; anything else is a bug and keeps its traceback."""
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        frame = error.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        ours = Path(__file__).resolve().parent in Path(frame.tb_frame.f_code.co_filename).resolve().parents[:2]
-        if isinstance(error, ValueError) and not ours:
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def answer_all(tokenizer, template, file, out, complete, room, generator, batch=32):
-    """Answers the `instruction` of every record of a file; writes AlpacaEval's JSON, in the file's order.
-
-    complete(prompts) -> lists of new ids. Prompts of more than `room` tokens lose those behind their first one.
-    """
-    from data import read_records
-
-    if out.exists():
-        raise ValueError(f"--outputs {out} is there already: name a new file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    records = []
-    for line, record, error in read_records(file):
-        if error or type(record) is not dict or not isinstance(record.get("instruction"), str):
-            raise ValueError(f"{file}:{line}: {error or 'no field instruction with text'}")
-        records.append(record)
-    prompts = [tokenizer.encode(template.opening(r["instruction"], r.get("input") or "")) for r in records]
-    if long := sum(len(p) > room for p in prompts):
-        print(f"{long} prompts are longer than {room} tokens: cut", file=sys.stderr)
-    prompts = [p[:1] + p[1:][-(room - 1) :] for p in prompts]
-    order, answers, start = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}, time.perf_counter()
-    for at in range(0, len(order), batch):
-        part = order[at : at + batch]
-        answers.update(zip(part, complete([prompts[i] for i in part])))
-        seconds = time.perf_counter() - start
-        print(f"{len(answers)}/{len(order)} answers, ETA {seconds / len(answers) * (len(order) - len(answers)):.0f} s",
-              file=sys.stderr)
-    write_json(out, [{"dataset": r.get("dataset", Path(file).stem), "instruction": r["instruction"],
-                      "output": tokenizer.decode(answers[i]).strip(), "generator": generator}
-                     for i, r in enumerate(records)])
-    print(f"{out}: {len(records)} answers")
-
-
-def save_merged(model, adapter, checkpoint, out):
-    """A plain checkpoint with the adapter folded in, in the base's dtype, tokenizer files beside it."""
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--save {out} holds something already: name a new folder")
-    if adapter:
-        adapter.merge()
-    name, file = next(iter(tensor_files(checkpoint).items()))
-    with open_tensors(file) as tensors:
-        dtype = tensors.get_tensor(name).dtype
-    model.to(dtype).save_pretrained(out)
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-                 "chat_template.jinja", "chat_template.json"):
-        if (checkpoint / file).exists():
-            shutil.copy(checkpoint / file, out / file)
-    print(f"{out}: a plain checkpoint, {str(dtype).removeprefix('torch.')}")
-
-
-def main():
-    import argparse
-
-    from data import TEMPLATES, Tokenizer
-    from train import autocast, load_run, place
-
-    parser = argparse.ArgumentParser(description="Load a checkpoint; complete a prompt, answer a file of them, or save "
-                                     "it with an adapter merged in.", allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="folder in Hugging Face layout, such as base")
-    parser.add_argument("prompt", nargs="?")
-    parser.add_argument("--adapter", metavar="RUN_DIR", help="finished run of train.py on this checkpoint")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write a plain checkpoint that transformers reads")
-    parser.add_argument("--prompts", metavar="FILE", help="answer the instruction of each record, AlpacaEval's say")
-    parser.add_argument("--outputs", type=Path, default="model_outputs.json", help="where to (%(default)s)")
-    parser.add_argument("--generator", help="name of the answerer in there; default: run folder or checkpoint")
-    parser.add_argument("--template", choices=TEMPLATES, help="default: the run's, the checkpoint's or plain")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="as in train.py, and so is --dtype")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    args = parser.parse_args()
-    if (args.prompt is not None) + bool(args.save) + bool(args.prompts) != 1:
-        raise ValueError('give one of "prompt", --prompts FILE and --save DIR')
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise ValueError("--max-new-tokens must be at least 1 and --temperature at least 0")
-
-    adapter, saved = None, {}
-    device, dtype = place(args) if not args.save else (torch.device("cpu"), torch.float32)
-    if args.adapter:
-        model, adapter, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
-    else:
-        model = Llama.from_pretrained(args.checkpoint, device, dtype)
-    if args.save:
-        return save_merged(model, adapter, args.checkpoint, args.save)
-    tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    template = TEMPLATES[args.template or saved.get("template") or tokenizer.template or "plain"]
-    source = torch.Generator(device).manual_seed(args.seed)
-
-    def complete(prompts):
-        with autocast(model):
-            return model.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
-
-    if args.prompts:
-        room = model.config.max_position_embeddings - args.max_new_tokens
-        if room < 2:
-            raise ValueError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt: this model has "
-                             f"{model.config.max_position_embeddings} positions")
-        return answer_all(tokenizer, template, args.prompts, args.outputs, complete, room,
-                          args.generator or str(args.adapter or args.checkpoint))
-    prompt = tokenizer.encode(template.opening(args.prompt))
-    start = time.perf_counter()
-    new = complete([prompt])[0]
-    seconds = time.perf_counter() - start
-    print(tokenizer.decode(new))
-    print(f"[{len(prompt)} prompt tokens, {len(new)} new tokens, {len(new) / seconds:.0f} tokens/s on {device}]")
-
-
-if __name__ == "__main__":
-    command_line(main)

@@ -2,13 +2,11 @@
 
     python train.py --method multilora
 
-Read in this order: the command line (one dataclass), the methods and how they are found, one run step by step (data,
-training, evaluation, what it leaves), and pretraining. No line here knows a method by name: a `*.py` beside this file
-that defines `Config` and `attach(model, config) -> Adapter` is a method (README, "Add a method").
+Read in this order: settings, the methods and how they are found, one run step by step (data, training, what it leaves),
+trials, scoring alone, and finished runs. No line here knows a method by name: a `*.py` beside this file that defines
+`Config` and `attach(model, config) -> Adapter` is a method (README, "Add a method").
 """
 
-import argparse
-import difflib
 import hashlib
 import importlib
 import json
@@ -18,9 +16,9 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import numpy
 import safetensors
@@ -29,23 +27,25 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from model import (Adapter, Context, Llama, LlamaConfig, command_line, count_parameters, open_tensors, read_json,
-                   write_json)
+import formats
+from base import suite as builtin
+from engine.flags import Parser, add_flags, check, command_line, flag
+from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, write_json
 
 HERE = Path(__file__).resolve().parent
-TEMPLATES = ("auto", *data.TEMPLATES)
+TEMPLATES = ("auto", *formats.TEMPLATES)
+STANDARD = {"steps": 600, "batch_size": 48, "lr": 1e-3}  # where a method's own DEFAULTS say nothing else
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------- settings
 
 
 @dataclass
 class Config:
-    """Settings of every run; each field is a flag. A method whose own Config has a field of the same name sets that
-    flag's default (a good learning rate, say)."""
+    """Settings of every run; each field is a flag. Where steps, batch_size or lr are None they become the method's own
+    (`DEFAULTS` of its file), else STANDARD's."""
 
     method: Annotated[str | None, "fine-tuning method"] = None
-    pretrain: Annotated[bool, "make a base model from nothing instead, on the general tasks"] = False
     base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
     data: Annotated[list[str], "what to learn: builtin, or files as [NAME=]FILE, each a task"] = field(
         default_factory=lambda: ["builtin"])
@@ -55,31 +55,34 @@ class Config:
         default_factory=list)
     shot_data: Annotated[list[str], "files of solved examples, matched to tasks by name"] = field(
         default_factory=list)
-    shots: Annotated[int, "solved examples in front of each scored question"] = 0
+    shots: Annotated[int, "solved examples in front of each scored question", "[0, inf)"] = 0
     mix: Annotated[Literal["proportional", "equal"], "how much of each task is seen: as it has rows, or alike"] = \
         "proportional"
     template: Annotated[Literal[TEMPLATES], "prompt template; auto: the base's own, else plain"] = "auto"
-    max_length: Annotated[int, "tokens of an example, at most; the model's own limit where that is smaller"] = 512
+    max_length: Annotated[int, "tokens of an example, at most; the model's own limit where that is smaller",
+                          "[2, inf)"] = 512
     too_long: Annotated[Literal["cut", "drop"], "what happens to longer ones; they are counted"] = "cut"
     skip_bad_rows: Annotated[bool, "leave out and count rows that their format does not take"] = False
-    max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)"] = 256
+    max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)", "[1, inf)"] = 256
     tasks: Annotated[str, "built-in new tasks to learn: all (six), hard (twelve), or names separated by commas"] = "all"
-    steps: Annotated[int, "optimiser steps"] = 600
-    batch_size: Annotated[int, "examples in a micro-batch"] = 48
-    grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch"] = 1
-    lr: Annotated[float, "peak learning rate"] = 1e-3
-    warmup: Annotated[float, "share of the steps in which the rate rises; a cosine to zero follows"] = 0.05
-    weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
-    clip: Annotated[float, "largest gradient norm, 0 for no clipping"] = 1.0
-    replay: Annotated[float, "share of general examples mixed into the training data"] = 0.0
-    seed: Annotated[int, "of initialisation, order and dropout; the suite's facts and splits have their own"] = 0
+    steps: Annotated[int | None, "optimiser steps", "[1, inf)"] = None
+    batch_size: Annotated[int | None, "examples in a micro-batch", "[1, inf)"] = None
+    grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch",
+                          "[1, inf)"] = 1
+    lr: Annotated[float | None, "peak learning rate", "(0, inf)"] = None
+    warmup: Annotated[float, "share of the steps in which the rate rises; a cosine to zero follows", "[0, 1)"] = 0.05
+    weight_decay: Annotated[float, "AdamW's decoupled weight decay", "[0, inf)"] = 0.0
+    clip: Annotated[float, "largest gradient norm, 0 for no clipping", "[0, inf)"] = 1.0
+    replay: Annotated[float, "share of general examples mixed into the training data", "[0, 1)"] = 0.0
+    seed: Annotated[int, "of initialisation, order and dropout; the suite's facts and splits have their own",
+                    "[0, inf)"] = 0
     device: Annotated[str, "auto (cuda, else mps, else cpu) or a torch device such as cuda:1"] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"],
                      "frozen weights and computation; auto: bfloat16 on cuda, else float32. "
                      "What is trained stays float32 at least"] = "auto"
     eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
-    eval_limit: Annotated[int, "examples of each task to score, 0 for all"] = 0
-    log_every: Annotated[int, "steps between two lines of metrics.jsonl"] = 10
+    eval_limit: Annotated[int, "examples of each task to score, 0 for all", "[0, inf)"] = 0
+    log_every: Annotated[int, "steps between two lines of metrics.jsonl", "[1, inf)"] = 10
     grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
         False
     eval_only: Annotated[bool, "score a base, or a run with --adapter, and train nothing"] = False
@@ -88,32 +91,26 @@ class Config:
     overwrite: Annotated[bool, "replace the run that is already in the folder"] = False
 
     def __post_init__(self):
-        at_least(self, 1, "steps", "batch_size", "grad_accum", "log_every", "max_new_tokens")
-        at_least(self, 0, "weight_decay", "clip", "eval_limit", "seed", "shots")
-        at_least(self, 2, "max_length")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr is {self.lr}, expected a positive number")
-        if not 0 <= self.replay < 1:
-            raise ValueError(f"--replay is {self.replay}, expected a share from 0 to below 1")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"--warmup is {self.warmup}, expected a share of the steps from 0 to below 1")
+        for name, value in {**STANDARD, **defaults_of(self.method)}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.adapter and not self.eval_only:
-            raise ValueError("--adapter names a run to score: give --eval-only as well")
+            raise UserError("--adapter names a run to score: give --eval-only as well")
         if not self.builtin:
             if "builtin" in self.data and self.data != ["builtin"]:
-                raise ValueError("--data takes builtin or files, not both")
+                raise UserError("--data takes builtin or files, not both")
             if self.tasks != "all" or self.replay:
-                raise ValueError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
+                raise UserError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
                                  "name in --data what to learn")
         else:
             of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows")
             if wrong := [name for name in of_files if getattr(self, name) not in (0, [], "proportional", "auto")]:
-                raise ValueError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in "
+                raise UserError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in "
                                  "suite")
         if self.eval_data and self.eval_split != "test":
-            raise ValueError("--eval-data is the test data: leave out --eval-split validation")
+            raise UserError("--eval-data is the test data: leave out --eval-split validation")
         if bool(self.shots) != bool(self.shot_data):
-            raise ValueError("--shots and --shot-data go together: how many solved examples, and from where")
+            raise UserError("--shots and --shot-data go together: how many solved examples, and from where")
 
     @property
     def builtin(self):
@@ -121,12 +118,7 @@ class Config:
         return self.data == ["builtin"] and not (self.eval_only and self.eval_data)
 
 
-def at_least(config, low, *names):
-    for name in names:
-        if not low <= getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, expected at least {low}")
-
-
+@cache
 def find_methods():
     """{name: (module, default Config)} of every method file beside this one, and of its presets."""
     methods = {}
@@ -136,70 +128,48 @@ def find_methods():
         module = importlib.import_module(path.stem)
         if not (hasattr(module, "Config") and hasattr(module, "attach")):
             continue
+        if double := {f.name for f in fields(module.Config)} & {f.name for f in fields(Config)}:
+            raise UserError(f"{path.name}: Config has the field {min(double)!r}, which is train.py's: set its default "
+                            "in DEFAULTS")
         for name, defaults in {path.stem: module.Config(), **getattr(module, "PRESETS", {})}.items():
             if name in methods:
-                raise ValueError(f"{path.name} defines the method {name!r}, and so does {methods[name][0].__name__}.py")
+                raise UserError(f"{path.name} defines the method {name!r}, and so does {methods[name][0].__name__}.py")
             methods[name] = module, defaults
     return methods
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors on one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def add_flags(group, defaults, skip=()):
-    """One flag for each field of a dataclass instance, its annotation giving type, choices and help text."""
-    hints = get_type_hints(type(defaults), include_extras=True)
-    for f in fields(defaults):
-        if f.name in skip:
-            continue
-        kind, text = get_args(hints[f.name])[:2] if get_origin(hints[f.name]) is Annotated else (hints[f.name], "")
-        options = {"default": getattr(defaults, f.name), "help": text.replace("%", "%%") + " (%(default)s)"}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(kind) is list:
-            options.update(nargs="+", metavar="FILE", help=f"{text} ({' '.join(getattr(defaults, f.name)) or 'none'})")
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        else:
-            options["type"] = next(t for t in (*get_args(kind), kind) if isinstance(t, type) and t is not type(None))
-            options["metavar"] = options["type"].__name__.upper()
-        group.add_argument("--" + f.name.replace("_", "-"), **options)
+def method_of(name):
+    """(module, default Config) of a method. Raises UserError, listing the valid names, for one that does not exist."""
+    if name not in find_methods():
+        raise UserError(f"unknown method {name!r}; valid: {', '.join(find_methods())}")
+    return find_methods()[name]
 
 
-def parse(argv, methods):
+def defaults_of(name):
+    """{field of Config: value} that a method's file sets in `DEFAULTS = {name: {...}}`, for itself or a preset."""
+    own = getattr(method_of(name)[0], "DEFAULTS", {}).get(name, {}) if name else {}
+    if wrong := own.keys() - STANDARD.keys():
+        raise UserError(f"DEFAULTS of {name!r} sets {min(wrong)!r}, expected some of {', '.join(STANDARD)}")
+    return own
+
+
+def parse(argv):
     """(Config, the method's Config or None) from the command line; exits with code 2 and one line on a mistake."""
-    common = [f.name for f in fields(Config)]
-    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
-    add_flags(parser.add_argument_group("every run"), Config())
-    name = Parser(prog="train.py", add_help=False, allow_abbrev=False)
-    name.add_argument("--method")
-    name = name.parse_known_args(argv)[0].method
-    if name is not None and name not in methods:
-        parser.error(f"unknown method {name!r}; valid: {', '.join(methods)}")
-    if name is not None:
-        module, defaults = methods[name]
-        add_flags(parser.add_argument_group(f"--method {name}"), defaults, skip=common)
-        parser.set_defaults(**{f.name: getattr(defaults, f.name) for f in fields(defaults) if f.name in common})
+    first = Parser(add_help=False)
+    first.add_argument("--method")
+    name = first.parse_known_args(argv)[0].method
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add_flags(parser.add_argument_group("every run"), Config(method=name))
+    if name:
+        _, defaults = method_of(name)
+        add_flags(parser.add_argument_group(f"--method {name}"), defaults)
     else:
         parser.epilog = "methods, each with flags of its own (--method NAME --help): " + "; ".join(
-            f"{m}: " + " ".join("--" + f.name.replace("_", "-") for f in fields(d)) for m, (_, d) in methods.items())
-    if "--pretrain" in argv:
-        parser.set_defaults(**PRETRAINING)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = sorted(option for option in parser._option_string_actions if option.startswith("--"))
-        near = difflib.get_close_matches(unknown[0], flags, 1)
-        parser.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else "")
-                     + f" valid: {' '.join(flags)}")
-    values = vars(args)
-    config = Config(**{key: values[key] for key in common})
-    if config.pretrain + config.eval_only + (name is not None) != 1:
-        parser.error(f"give one of --method NAME, --eval-only and --pretrain; methods: {', '.join(methods)}")
+            f"{m}: " + " ".join(flag(f.name) for f in fields(d)) for m, (_, d) in find_methods().items())
+    values = vars(parser.parse_args(argv))
+    config = Config(**{f.name: values[f.name] for f in fields(Config)})
+    if config.eval_only + (name is not None) != 1:
+        parser.error(f"give one of --method NAME and --eval-only; methods: {', '.join(find_methods())}")
     return config, name and replace(defaults, **{f.name: values[f.name] for f in fields(defaults)})
 
 
@@ -207,37 +177,41 @@ def parse(argv, methods):
 
 
 def place(config):
-    """(device, dtype) that `--device` and `--dtype` name. Raises ValueError for a device that is not there."""
+    """(device, dtype) that `--device` and `--dtype` name. Raises UserError for a device that is not there."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return torch.device(device), getattr(torch, dtype)
 
 
-def autocast(model):
-    """Mixed precision where the frozen weights are bfloat16, so that float32 trained tensors can meet them."""
-    dtype = model.model.embed_tokens.weight.dtype
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def load_data(config, split=None, limit=None, train=True):
+    """(Suite of tokens, tokenizer) of a run. split, limit: instead of the run's own; train: False leaves out the
+    training examples."""
+    tokenizer = data.Tokenizer.from_pretrained(config.base)
+    split, limit = split or config.eval_split, config.eval_limit if limit is None else limit
+    if config.builtin:
+        suite = builtin.load(config.tasks, split, limit, config.replay)
+    else:
+        files = [file for file in config.data if file != "builtin"]
+        suite = formats.load(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
+                             template_of(config, tokenizer), config.mix, config.skip_bad_rows)
+    longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
+    suite = suite if train else replace(suite, train=[])
+    return data.encode_suite(suite, tokenizer, longest, config.too_long), tokenizer
 
 
-def evaluate(model, tests, tokenizer, kinds, batch_size=48, new_tokens=256):
-    """{task: {figure: value}}, the main figure first, for {task: encoded examples} and {task: key of data.SCORES}."""
-    model.eval()
-    context = lambda batch: Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
-    with autocast(model):
-        return {task: data.SCORES[kinds[task]](model, examples, tokenizer, context, batch_size, new_tokens)
-                for task, examples in tests.items()}
-
-
-def mean(values):
-    return sum(values) / len(values)
+def template_of(config, tokenizer):
+    """The name of the prompt template that the data are written in."""
+    if config.builtin:
+        return "short"
+    return config.template if config.template != "auto" else tokenizer.template or "plain"
 
 
 def start_adapter(model, method, config):
@@ -246,11 +220,18 @@ def start_adapter(model, method, config):
     adapter = method.attach(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("the method left nothing to train")
+        raise UserError("the method left nothing to train")
     for p in trained:
         if p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
     return adapter
+
+
+def schedule(step, config):
+    """The share of the peak rate at a step, from 1 to config.steps: a linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(config.warmup * config.steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - 1 - warmup) / max(1, config.steps - warmup)))
+    return min(step / warmup, cosine)
 
 
 def train(model, adapter, examples, config, pad, log=None):
@@ -259,36 +240,33 @@ def train(model, adapter, examples, config, pad, log=None):
     The loss of a step is the mean over all labelled tokens of its micro-batches, so gradient accumulation equals one
     large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps.
     """
-    device = model.device
     per_step = config.batch_size * config.grad_accum
     draws = data.draw(examples, per_step, config.seed)
-    collated = lambda group: data.collate(group, pad).to(device)
-    with autocast(model):
+    collated = lambda group: data.collate(group, pad).to(model.device)
+    with model.autocast():
         adapter.prepare(collated(group) for group in data.draw(examples, config.batch_size, config.seed))
-    groups = adapter.param_groups(config.lr, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay))
+    peaks = [group["lr"] for group in optimizer.param_groups]
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    warmup = max(1, round(config.warmup * config.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, config.steps - warmup)))))
 
     model.train()
     start, tokens, losses = time.perf_counter(), 0, []
     for step in range(1, config.steps + 1):
+        for part, peak in zip(optimizer.param_groups, peaks):
+            part["lr"] = peak * schedule(step, config)
         group = next(draws)
         labelled = sum(label != -100 for example in group for label in example.labels)
         total = 0.0
         for i in range(0, per_step, config.batch_size):
             batch = collated(group[i : i + config.batch_size])
-            ctx = Context(prompt_mask=batch.prompt_mask, tasks=batch.tasks)
-            with autocast(model):
-                loss = model(batch.ids, batch.labels, ctx, reduction="sum") / labelled
-                loss = loss + adapter.penalty(ctx) / config.grad_accum
+            with model.autocast():
+                loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
+                loss = loss + adapter.penalty(batch.ctx) / config.grad_accum
             loss.backward()
             total += loss.item()
             tokens += batch.ids.numel()
         if not math.isfinite(total):
-            raise ValueError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
+            raise UserError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
         if config.clip:
             torch.nn.utils.clip_grad_norm_(params, config.clip)
         adapter.before_step()
@@ -299,10 +277,9 @@ def train(model, adapter, examples, config, pad, log=None):
         if log and (step % config.log_every == 0 or step == config.steps):
             seconds = time.perf_counter() - start
             log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
-                 "lr": schedule.get_last_lr()[0], "tokens_per_second": tokens / seconds, "seconds": seconds,
+                 "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds,
                  "eta_seconds": seconds / step * (config.steps - step)})
             losses = []
-        schedule.step()
     model.eval()
 
 
@@ -331,13 +308,11 @@ class Job:
     """A run's settings, and what it needs before a method is attached."""
 
     config: Config
-    name: str  # the method, as the user named it
     method_config: object
     method: object  # its module
+    base: LlamaConfig
     device: torch.device
     dtype: torch.dtype
-    tokenizer: data.Tokenizer
-    longest: int  # tokens of an example
     out: Path
     asked: dict  # what identifies the run: base, method and all settings
 
@@ -349,45 +324,37 @@ class Job:
         return model, start_adapter(model, self.method, method_config)
 
 
-def check_base(base):
-    if not Path(base).is_dir():
-        raise ValueError(f"--base {base}: no such folder; expected a checkpoint in Hugging Face layout")
-
-
-def open_job(config, name, method_config):
-    """Raises ValueError for a device or a base that is not there, and for a folder that holds another run."""
+def open_job(config, method_config):
+    """Raises UserError for a device or a base that is not there, and for a folder that holds another run."""
+    check(config)
+    check(method_config)
     device, dtype = place(config)
-    check_base(config.base)
-    longest = longest_of(config, LlamaConfig.from_dict(read_json(Path(config.base) / "config.json"), config.base))
-    tokenizer = data.Tokenizer.from_pretrained(config.base)
-    out = Path(config.out or f"out/{name}")
-    asked = {"method": name, "settings": asdict(replace(config, overwrite=False)),
+    base = LlamaConfig.from_pretrained(config.base)
+    out = Path(config.out or f"out/{config.method}")
+    asked = {"method": config.method, "settings": asdict(replace(config, overwrite=False)),
              "method_settings": asdict(method_config), "base_sha256": checksum(Path(config.base))}
     check_folder(out, config.overwrite, asked)
-    return Job(config, name, method_config, find_methods()[name][0], device, dtype, tokenizer, longest, out,
-               asked)
+    return Job(config, method_config, method_of(config.method)[0], base, device, dtype, out, asked)
 
 
 def settle(job):
     """The method's Config to train with: as asked, or as its plan() chooses by trials."""
     if not hasattr(job.method, "plan"):
         return job.method_config
-    model_config = LlamaConfig.from_dict(read_json(Path(job.config.base) / "config.json"))
-    return job.method.plan(job.method_config, model_config, Trials(job))
+    return job.method.plan(job.method_config, job.base, Trials(job))
 
 
-def run(config, name, method_config, argv=()):
-    """One whole run of a method; returns what results.json holds."""
-    job = open_job(config, name, method_config)
-    suite = load_suite(config, config.eval_split, config.eval_limit, job.tokenizer)
-    encoded = encode_suite(suite, job.tokenizer, config, job.longest)
+def run(config, method_config=None, argv=()):
+    """One whole run of a method; returns what results.json holds. method_config: default, the method's own."""
+    job = open_job(config, method_config or method_of(config.method)[1])
+    suite, tokenizer = load_data(config)
     method_config = settle(job)
     model, adapter = job.start(method_config)  # every mistake has shown by now, and nothing old is deleted before
     clear_folder(job.out)
     write_json(job.out / "config.json", {
         **job.asked, "method_settings": asdict(method_config), "tasks": suite.names,
-        "template": template_of(config, job.tokenizer), **provenance(argv)})
-    results = learn(config, name, model, adapter, suite, encoded, job.tokenizer, job.out)
+        "template": template_of(config, tokenizer), **provenance(argv)})
+    results = learn(config, config.method, model, adapter, suite, tokenizer, job.out)
     tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
     save_file(tensors, job.out / "adapter.safetensors", {"format": "pt"})
     write_json(job.out / "results.json", results)
@@ -407,24 +374,20 @@ class Trials:
         self.known = read_json(self.file)["trials"] if same_search(job.out, job.asked) else []
 
     @cached_property
-    def suite(self):
+    def data(self):
         limit = min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES)
-        suite = load_suite(self.job.config, "validation", limit, self.job.tokenizer)
-        if {suite.group[t] for t in suite.tests if suite.score[t] != "loss"} != {"new", "general"}:
-            raise ValueError("a search needs new and general tasks that are scored in percent, not by loss: give such "
-                             "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
-        return suite
-
-    @cached_property
-    def encoded(self):
-        return encode_suite(self.suite, self.job.tokenizer, self.job.config, self.job.longest)
+        suite, tokenizer = load_data(self.job.config, "validation", limit)
+        if {suite.group[t] for t in suite.tests if suite.score[t] is not data.loss} != {"new", "general"}:
+            raise UserError("a search needs new and general tasks that are scored in percent, not by loss: give such "
+                            "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
+        return suite, tokenizer
 
     def __call__(self, method_config, steps):
         key = {"settings": asdict(method_config), "steps": steps}
         found = next((t for t in self.known if key.items() <= t.items()), None)
         if found is None:
             start = time.perf_counter()
-            speciality, versatility = group_means(self.suite, self.fine_tune(method_config, steps))
+            speciality, versatility = self.data[0].means(self.fine_tune(method_config, steps))
             seconds = time.perf_counter() - start
             found = {**key, "speciality": speciality, "versatility": versatility, "seconds": seconds}
             self.known.append(found)
@@ -434,11 +397,10 @@ class Trials:
 
     def fine_tune(self, method_config, steps):
         """{task: figures} after `steps` steps."""
-        examples, tests = self.encoded
+        (suite, tokenizer), config = self.data, self.job.config
         model, adapter = self.job.start(method_config)
-        train(model, adapter, examples, replace(self.job.config, steps=steps), self.job.tokenizer.pad_id)
-        return evaluate(model, tests, self.job.tokenizer, self.suite.score, self.job.config.batch_size,
-                        self.job.config.max_new_tokens)
+        train(model, adapter, suite.train, replace(config, steps=steps), tokenizer.pad_id)
+        return data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
 
     def estimate(self, method_config, steps):
         """Seconds that a trial will take, from the trials so far or from a few steps."""
@@ -453,54 +415,18 @@ class Trials:
         return seconds[0] + max(0.0, seconds[1] - seconds[0]) / 10 * (steps - 1)
 
 
-def load_suite(config, split, limit, tokenizer):
-    if config.builtin:
-        return data.load_builtin(config.tasks, split, limit, config.replay)
-    files = [file for file in config.data if file != "builtin"]
-    return data.load_files(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
-                           template_of(config, tokenizer), config.mix, config.skip_bad_rows)
-
-
-def template_of(config, tokenizer):
-    """The name of the prompt template that the data are written in."""
-    if config.builtin:
-        return "short"
-    return config.template if config.template != "auto" else tokenizer.template or "plain"
-
-
-def encode_suite(suite, tokenizer, config, longest):
-    """(training examples, {task: test examples}) as tokens, none longer than `longest`; says how many were."""
-    encoded, long = {"": suite.train, **suite.tests}, 0
-    for name, examples in encoded.items():
-        encoded[name], count = data.fit(data.encode(examples, tokenizer, suite.names), longest, config.too_long)
-        long += count
-        if examples and not encoded[name]:
-            raise ValueError(f"all examples {name and 'of ' + name} are longer than --max-length {longest}")
-    if long:
-        print(f"{long:,} examples are longer than {longest} tokens: {config.too_long}")
-    return encoded.pop(""), encoded
-
-
-def group_means(suite, scores):
-    """(speciality, versatility): mean of the main figures of the new and of the general tasks that are scored in
-    percent; None where there are none."""
-    groups = [[next(iter(figures.values())) for task, figures in scores.items()
-               if suite.group[task] == group and suite.score[task] != "loss"] for group in ("new", "general")]
-    return tuple(mean(group) if group else None for group in groups)
-
-
-def learn(config, name, model, adapter, suite, encoded, tokenizer, out):
+def learn(config, name, model, adapter, suite, tokenizer, out):
     """Score, train, score, and the table: what fine-tuning and pretraining share. Returns what results.json holds."""
-    start, (examples, tests) = time.perf_counter(), encoded
-    scored = lambda: evaluate(model, tests, tokenizer, suite.score, config.batch_size, config.max_new_tokens)
+    start = time.perf_counter()
+    scored = lambda: data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
     total = count_parameters(model.config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
-    print(f"{len(examples):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
+    print(f"{len(suite.train):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
           f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {out}", flush=True)
 
     before = scored()
-    train(model, adapter, examples, config, tokenizer.pad_id, Log(out / "metrics.jsonl"))
+    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl"))
     results = {
         "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
         "trainable_parameters": trainable, "total_parameters": total,
@@ -510,17 +436,14 @@ def learn(config, name, model, adapter, suite, encoded, tokenizer, out):
     return results
 
 
-def longest_of(config, model_config):
-    return min(config.max_length, model_config.max_position_embeddings)
-
-
 def summary(config, suite, before, after):
     """The part of results.json that is about scores. A task's before and after are its main figure's; `figures` holds
     all that it is scored by."""
-    main = lambda figures: next(iter(figures.values()))
-    speciality, versatility = group_means(suite, after)
+    speciality, versatility = suite.means(after)
+    main = data.main_figure
     return {"eval_split": config.eval_split,
-            "tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task], "score": suite.score[task],
+            "tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task],
+                             "score": suite.score[task].__name__,
                              "before": main(before[task]), "after": main(after[task]),
                              "figures": {name: [before[task][name], after[task][name]] for name in after[task]}}
                       for task in after},
@@ -530,29 +453,28 @@ def summary(config, suite, before, after):
 
 def score_only(config, argv=()):
     """Scores a base, or a finished run, on the data named, else on the run's own; writes results.json."""
+    check(config)
     device, dtype = place(config)
-    base, name, out = config.base, "base", Path(config.out or "out/eval")
+    name, out = "base", Path(config.out or "out/eval")
     check_folder(out, config.overwrite)
     if config.adapter:
-        moved = None if base == Config.base else base  # else where the run found it
+        moved = None if config.base == Config.base else config.base  # else where the run found it
         model, _, _, saved = load_run(config.adapter, device, dtype, moved)
-        base, name, settings = moved or saved["settings"]["base"], saved["method"], saved["settings"]
+        name, settings = saved["method"], saved["settings"]
         if config.builtin:
             own = ("data", "eval_data", "general_data", "shot_data", "shots", "tasks", "template", "max_length",
                    "too_long", "skip_bad_rows")
             config = replace(config, **{key: settings[key] for key in own})
         elif config.template == "auto":
             config = replace(config, template=saved.get("template", "auto"))
+        config = replace(config, base=moved or settings["base"])
     else:
-        check_base(base)
-        model = Llama.from_pretrained(base, device, dtype)
-    tokenizer = data.Tokenizer.from_pretrained(base)
-    suite, start = load_suite(config, config.eval_split, config.eval_limit, tokenizer), time.perf_counter()
-    _, tests = encode_suite(replace(suite, train=[]), tokenizer, config, longest_of(config, model.config))
-    scores = evaluate(model, tests, tokenizer, suite.score, config.batch_size, config.max_new_tokens)
+        model = Llama.from_pretrained(config.base, device, dtype)
+    (suite, tokenizer), start = load_data(config, train=False), time.perf_counter()
+    scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
     clear_folder(out)
     write_json(out / "config.json", {"settings": asdict(config), **provenance(argv)})
-    results = {"method": name, "base": base, "adapter": config.adapter, **summary(config, suite, scores, scores),
+    results = {"method": name, "base": config.base, "adapter": config.adapter, **summary(config, suite, scores, scores),
                "seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device)}
     print_table(results)
     write_json(out / "results.json", results)
@@ -569,11 +491,11 @@ def same_search(out, asked):
 
 
 def check_folder(out, overwrite, asked=None):
-    """Raises ValueError where the folder holds something already, unless it may be replaced or continued."""
+    """Raises UserError where the folder holds something already, unless it may be replaced or continued."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, expected a folder")
+        raise UserError(f"--out {out} is a file, expected a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite and not same_search(out, asked):
-        raise ValueError(f"{out} already holds a run: choose another --out, or add --overwrite to replace it")
+        raise UserError(f"{out} already holds a run: choose another --out, or add --overwrite to replace it")
 
 
 def clear_folder(out):
@@ -594,7 +516,7 @@ def checksum(base):
 
 def provenance(argv):
     versions = {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}
-    return {"command": shlex.join(["python", "train.py", *argv]),
+    return {"command": shlex.join(["python", *argv]),
             "versions": {"python": platform.python_version(), **versions}}
 
 
@@ -622,80 +544,57 @@ def print_table(results):
                 print(line("" if i else "  " + task, s["aspect"] if name == "exact match" else name, *shown))
         before = [s["before"] for s in rows.values() if s["score"] != "loss"]
         if before:
-            print(line(title, f"mean, {group}", f"{mean(before):.1f}", f"{results[title]:.1f}"))
+            print(line(title, f"mean, {group}", f"{sum(before) / len(before):.1f}", f"{results[title]:.1f}"))
     if results["uni"] is not None:
         print(line("Uni", "their sum", "", f"{results['uni']:.1f}"))
     print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
+
+
+# Fields that the first build's run folders have and today's settings do not. The method's rate and steps stood in both.
+RETIRED = {"pretrain", "lr", "steps", "batch_size"}
+
+
+def revive(cls, saved):
+    """Settings from a run's config.json. Raises UserError for a field that they do not have."""
+    known = {f.name for f in fields(cls)}
+    if wrong := saved.keys() - known - RETIRED:
+        raise UserError(f"the run has the setting {min(wrong)!r}, which {cls.__module__}.py does not know")
+    return cls(**{name: value for name, value in saved.items() if name in known})
 
 
 def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
     """(model, adapter, method module, config.json as a dict) of a finished run, with the trained tensors in place.
     base: where its base model lies now; default: where it was.
 
-    Raises ValueError where the folder holds no finished run, or its base has changed since.
+    Raises UserError where the folder holds no finished run, or its base has changed since.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "adapter.safetensors").exists():
-        raise ValueError(f"{run_dir} holds no adapter.safetensors; expected a run folder such as out/multilora")
+        raise UserError(f"{run_dir} holds no adapter.safetensors; expected a run folder such as out/multilora")
     saved = read_json(run_dir / "config.json")
     base = Path(base or saved["settings"]["base"])
     if not base.is_dir():
-        raise ValueError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
+        raise UserError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
     if checksum(base) != saved["base_sha256"]:
-        raise ValueError(f"{run_dir} was trained on other weights than {base} holds now (base_sha256 differs)")
+        raise UserError(f"{run_dir} was trained on other weights than {base} holds now (base_sha256 differs)")
     if saved["method"] not in find_methods():
-        raise ValueError(f"{run_dir} is a run of the method {saved['method']!r}, whose file is not here")
+        raise UserError(f"{run_dir} is a run of the method {saved['method']!r}, whose file is not here")
     method, defaults = find_methods()[saved["method"]]
+    saved["settings"] = asdict(revive(Config, saved["settings"]))
     model = Llama.from_pretrained(base, device, dtype)
-    adapter = start_adapter(model, method, type(defaults)(**saved["method_settings"]))
+    adapter = start_adapter(model, method, revive(type(defaults), saved["method_settings"]))
     with open_tensors(run_dir / "adapter.safetensors") as file:
         adapter.load_tensors({name: file.get_tensor(name) for name in file.keys()})
     return model.eval(), adapter, method, saved
 
 
-# ---------------------------------------------------------------------------------------------- pretraining
-
-
-# What --pretrain has other defaults for.
-PRETRAINING = {"steps": 3600, "batch_size": 96, "lr": 2e-3, "weight_decay": 0.1}
-
-
-def pretrain(config, argv=()):
-    """Makes the built-in base from nothing: tokenizer, random weights, and the same loop on the general tasks."""
-    device, dtype = place(config)
-    if not config.builtin:
-        raise ValueError("--pretrain makes the built-in base, from built-in data alone: leave out --data")
-    suite = data.load_builtin("general", config.eval_split, config.eval_limit)
-    tokenizer = data.train_tokenizer(suite.train)
-    model = Llama(LlamaConfig(
-        vocab_size=tokenizer.size, hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
-        rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
-    model.init_weights(config.seed)
-    model.to(device, dtype)
-    model.model.checkpointing = config.grad_checkpointing
-    out = Path(config.out or "out/base")
-    record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
-    check_folder(out, config.overwrite)
-    clear_folder(record)
-    encoded = encode_suite(suite, tokenizer, config, longest_of(config, model.config))
-    results = learn(config, "pretrain", model, Adapter(model), suite, encoded, tokenizer, record)
-    model.save_pretrained(out)
-    tokenizer.save(out)
-    write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names, **provenance(argv)})
-    write_json(record / "results.json", results)
-    return results
-
-
 def main():
-    argv, methods = sys.argv[1:], find_methods()
-    config, method_config = parse(argv, methods)
-    if config.pretrain:
-        pretrain(config, argv)
-    elif config.eval_only:
-        score_only(config, argv)
+    argv = sys.argv[1:]
+    config, method_config = parse(argv)
+    if config.eval_only:
+        score_only(config, ["train.py", *argv])
     else:
-        run(config, config.method, method_config, argv)
+        run(config, method_config, ["train.py", *argv])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains a model of a published size, with random weights, for a few steps with each method: tokens/s and peak memory.
 
-    python bench/gpu.py                                  # Llama-2-7B's shape, on the GPU; 14 GB of disk
-    python bench/gpu.py --layers 1 --device cpu          # one layer of it, to see that the commands run
+    python -m bench.gpu                                  # Llama-2-7B's shape, on the GPU; 14 GB of disk
+    python -m bench.gpu --layers 1 --device cpu          # one layer of it, to see that the commands run
 
 Makes the checkpoint in a temporary folder (bfloat16 weights, the built-in base's tokenizer), then runs train.py as a
 user would, on the built-in suite.
@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from model import Llama
+from reproduce.count import SHAPES
+
 HERE = Path(__file__).resolve().parent.parent
 METHODS = {"multilora": ["--modules", "3", "--rank", "32"], "csreft": ["--layers", "3,9,18,24", "--positions", "f5+l5"],
            "cofitune": ["--layers", "25%-50%"]}
@@ -25,8 +28,6 @@ METHODS = {"multilora": ["--modules", "3", "--rank", "32"], "csreft": ["--layers
 
 def make(folder, shape, device):
     """Writes a checkpoint of this shape with random weights."""
-    from model import Llama
-
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = Llama(shape)
@@ -38,8 +39,6 @@ def make(folder, shape, device):
 
 
 def main():
-    from model import SHAPES
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
@@ -64,7 +63,7 @@ def main():
                 [sys.executable, "train.py", "--method", method, *flags, "--base", base, "--device", args.device,
                  "--dtype", "bfloat16", "--lr", "1e-5", "--steps", str(args.steps), "--batch-size", "16",
                  "--eval-limit", "2", "--out", out],
-                cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                cwd=HERE, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -75,5 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -1,7 +1,7 @@
 """Peak memory and time of loading a checkpoint, beside transformers.
 
     pip install -r bench/requirements.txt
-    python bench/load.py
+    python -m bench.load
 
 Makes a random Llama whose weights take 1 GB in float32 and writes it twice, as float32 and as bfloat16, in a temporary
 folder (1.5 GB). Each measurement is a fresh process that loads one of the two files as float32:
@@ -61,8 +61,7 @@ def load(who, folder):
 
 def run(*args):
     """What a fresh process of this file prints last."""
-    done = subprocess.run([sys.executable, __file__, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True)
+    done = subprocess.run([sys.executable, "-m", "bench.load", *map(str, args)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -83,7 +82,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     if sys.argv[1:2] == ["make"]:
         print(make(Path(sys.argv[2])))
     elif len(sys.argv) == 3:

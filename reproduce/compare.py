@@ -1,8 +1,8 @@
 """All methods on the same data over seeds, and a verdict on the claim of each paper.
 
-    python reproduce/compare.py --seeds 5                    # every method at its best learning rate
-    python reproduce/compare.py --claim multilora            # or csreft, or cofitune
-    python reproduce/compare.py --tune                       # how the rates were chosen
+    python -m reproduce.compare --seeds 5                    # every method at its best learning rate
+    python -m reproduce.compare --claim multilora            # or csreft, or cofitune
+    python -m reproduce.compare --tune                       # how the rates were chosen
 
 Each run is a `train.py` run, in a process and a folder of its own below --out. A finished run is never made again, so a
 command may be interrupted and started again; after a change of the code give another --out. compare.json and
@@ -16,7 +16,6 @@ p < 0.05 the other way, and is *undecided* else. Five seeds out of five are p = 
 Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims.
 """
 
-import argparse
 import contextlib
 import csv
 import math
@@ -34,17 +33,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
+import data
+import multilora
+import train
+from base import suite as builtin
+from engine.flags import Parser, command_line
+from model import LINEARS, Llama, UserError, read_json, write_json
+from reproduce.gates import gates_by_task
+from reproduce.spectra import changes, similarity
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import torch  # noqa: E402
-
-import csreft  # noqa: E402
-import data  # noqa: E402
-import multilora  # noqa: E402
-import train  # noqa: E402
-from model import LINEARS, Llama, command_line, read_json, write_json  # noqa: E402
-
 STORED = HERE / "results" / "compare.json"
 
 # ---------------------------------------------------------------------------------------------- the protocol
@@ -128,7 +128,7 @@ class Run:
 
     def settings(self):
         """(train.Config, the method's Config)"""
-        return train.parse(self.argv, train.find_methods())
+        return train.parse(self.argv)
 
     @cached_property
     def identity(self):
@@ -144,10 +144,10 @@ def at(flags, lr):
 
 
 def finished(run, out):
-    """The results of a run, None where it is not there yet. Raises ValueError where its folder holds another run."""
+    """The results of a run, None where it is not there yet. Raises UserError where its folder holds another run."""
     folder = out / run.folder
     if (folder / "run.json").exists() and read_json(folder / "run.json") != run.identity:
-        raise ValueError(f"{folder} holds a run with other settings: remove the folder, or give another --out")
+        raise UserError(f"{folder} holds a run with other settings: remove the folder, or give another --out")
     return read_json(folder / "results.json") if (folder / "results.json").exists() else None
 
 
@@ -169,26 +169,24 @@ def execute(run, out, threads):
 
 def whole(run, folder):
     config, method_config = run.settings()
-    train.run(replace(config, out=str(folder), overwrite=True), config.method, method_config, run.argv)
+    train.run(replace(config, out=str(folder), overwrite=True), method_config, ["train.py", *run.argv])
 
 
 def alone(run, folder):
     """Each new task trained on its own, on as many examples of it as the run on all tasks sees. Scored tasks are kept
     at once."""
     config, method_config = run.settings()
-    tasks = list(data.NEW)
+    tasks = list(builtin.NEW)
     done = read_json(folder / "alone.json") if (folder / "alone.json").exists() else {}
     for task in tasks:
         if task in done:
             continue
         start = time.perf_counter()
         one = replace(config, tasks=task, steps=round(config.steps / len(tasks)), out=str(folder), overwrite=True)
-        job = train.open_job(one, config.method, method_config)
-        suite = train.load_suite(one, one.eval_split, one.eval_limit, job.tokenizer)
-        examples, tests = train.encode_suite(suite, job.tokenizer, one, job.longest)
-        model, adapter = job.start(method_config)
-        train.train(model, adapter, examples, one, job.tokenizer.pad_id)
-        figures = train.evaluate(model, {task: tests[task]}, job.tokenizer, suite.score, one.batch_size)
+        suite, tokenizer = train.load_data(one)
+        model, adapter = train.open_job(one, method_config).start(method_config)
+        train.train(model, adapter, suite.train, one, tokenizer.pad_id)
+        figures = data.evaluate(model, replace(suite, tests={task: suite.tests[task]}), tokenizer, one.batch_size)
         done[task] = [figures[task]["exact match"], time.perf_counter() - start]
         write_json(folder / "alone.json", done)
     write_json(folder / "results.json", {"alone": {task: score for task, (score, _) in done.items()},
@@ -201,17 +199,13 @@ def wise(run, folder):
     model, adapter, _, _ = train.load_run(folder.parent / replace(run, kind="whole").folder)
     tuned = {name: p.detach().clone() for name, p in adapter.trained.items()}
     base = Llama.from_pretrained(config.base).state_dict()
-    tokenizer = data.Tokenizer.from_pretrained(config.base)
-    suite = train.load_suite(config, config.eval_split, config.eval_limit, tokenizer)
-    _, tests = train.encode_suite(replace(suite, train=[]), tokenizer, config,
-                                  train.longest_of(config, model.config))
+    suite, tokenizer = train.load_data(config, train=False)
     points = []
     for weight in WISE_WEIGHTS:
         with torch.no_grad():
             for name, p in adapter.trained.items():
                 p.copy_(torch.lerp(base[name], tuned[name], weight))
-        scores = train.evaluate(model, tests, tokenizer, suite.score, config.batch_size)
-        speciality, versatility = train.group_means(suite, scores)
+        speciality, versatility = suite.means(data.evaluate(model, suite, tokenizer, config.batch_size))
         points.append({"weight": weight, "speciality": speciality, "versatility": versatility})
         print(points[-1], flush=True)
     write_json(folder / "results.json", {"points": points, "seconds": time.perf_counter() - start})
@@ -223,7 +217,7 @@ KINDS = {"whole": whole, "alone": alone, "wise": wise}
 def work(runs, args, title, may_fail=False):
     """{run: results}: makes what is missing, `--jobs` runs at a time; prints the budget, then a line for each run.
 
-    A run that ends with an error does not stop the others. Then: ValueError, or with may_fail (a learning rate that
+    A run that ends with an error does not stop the others. Then: UserError, or with may_fail (a learning rate that
     may turn out too high) a note, and no results for it."""
     results = {run: finished(run, args.out) for run in runs}
     left = [run for run in runs if results[run] is None]
@@ -261,7 +255,7 @@ def work(runs, args, title, may_fail=False):
             if process.is_alive():
                 process.terminate()
     if failed and not may_fail:
-        raise ValueError(next(iter(failed.values())))
+        raise UserError(next(iter(failed.values())))
     return {run: found for run, found in results.items() if found is not None}
 
 
@@ -298,11 +292,11 @@ def brief(results):
 
 def spectrum(folder, sft):
     """Means over the adapted weights of a run: the first singular values, their spread, and the similarity to SFT's."""
-    deltas, theirs = multilora.changes(folder)[0], multilora.changes(sft)[0]
+    deltas, theirs = changes(folder)[0], changes(sft)[0]
     names = [name for name in deltas if name.removesuffix(".weight").endswith(LINEARS)]
     values = torch.stack([multilora.singular_values(deltas[name], SPECTRUM) for name in names])
     shares, ranks = zip(*(multilora.spread(v) for v in values))
-    alike = [multilora.similarity(deltas[name], theirs[name], SPECTRUM) for name in names]
+    alike = [similarity(deltas[name], theirs[name], SPECTRUM) for name in names]
     return {"values": values.mean(0).tolist(), "first_value_share": statistics.mean(shares),
             "effective_rank": statistics.mean(ranks), "similarity_to_sft": statistics.mean(alike)}
 
@@ -312,14 +306,11 @@ def gates(folder):
     gates in one subspace. Untrained gates differ a little too, because the prompts they read do."""
     model, adapter, method, saved = train.load_run(folder)
     config = train.Config(**saved["settings"])
-    tokenizer = data.Tokenizer.from_pretrained(config.base)
-    suite = train.load_suite(config, config.eval_split, config.eval_limit, tokenizer)
-    tests = {task: examples for task, examples in suite.tests.items() if suite.group[task] == "new"}
-    _, encoded = train.encode_suite(replace(suite, train=[], tests=tests), tokenizer, config,
-                                    train.longest_of(config, model.config))
+    suite, tokenizer = train.load_data(config, train=False)
+    encoded = {task: examples for task, examples in suite.tests.items() if suite.group[task] == "new"}
     torch.manual_seed(config.seed)
     start = method.attach(Llama.from_pretrained(config.base), adapter.config)
-    trained, untrained = (csreft.gates_by_task(a.model, a, encoded, tokenizer.pad_id) for a in (adapter, start))
+    trained, untrained = (gates_by_task(a.model, a, encoded, tokenizer.pad_id) for a in (adapter, start))
     widest = lambda means: max(max(column) - min(column) for column in zip(*means.values()))
     return {"gates": trained, "spread": widest(trained), "untrained_spread": widest(untrained)}
 
@@ -429,7 +420,7 @@ def rates(args):
     for found in (load(args), read_json(STORED) if STORED.exists() else {}):
         if "tune" in found:
             return found["tune"]["best"]
-    raise ValueError(f"no learning rates in {args.out / 'compare.json'} nor in {STORED}: run with --tune first")
+    raise UserError(f"no learning rates in {args.out / 'compare.json'} nor in {STORED}: run with --tune first")
 
 
 def show(rows):
@@ -502,7 +493,7 @@ def rate_of(args, name):
     best, method = rates(args), name.split("-")[0]
     keys = (name, method) if args.suite == "default" else (f"{name}-{args.suite}", f"{method}-{args.suite}")
     if not any(key in best for key in keys):
-        raise ValueError(f"no learning rate for {keys[-1]}: run with --tune first")
+        raise UserError(f"no learning rate for {keys[-1]}: run with --tune first")
     return next(best[key] for key in keys if key in best)
 
 
@@ -596,7 +587,7 @@ def claim_csreft(args):
     results = work([*runs.values(), *by_itself.values()], args, "CS-ReFT's claim")
     interference = {name: [{
         task: [results[by_itself[name, seed]]["alone"][task], results[runs[name, seed]]["tasks"][task]["after"]]
-        for task in data.NEW} for seed in seeds] for name in names}
+        for task in builtin.NEW} for seed in seeds] for name in names}
     lost = {name: [statistics.mean(a - b for a, b in row.values()) for row in rows]
             for name, rows in interference.items()}
     accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds]
@@ -658,7 +649,7 @@ def claim_cofitune(args):
         print(f"  {name:<10}" + (", ".join(f"{key} {value:g}" for key, value in p.items()) if p else
                                  "never within two points of SFT's best speciality"))
     if not best["cofitune"]:
-        raise ValueError("CoFiTune never learns about as much as SFT: give it higher rates in FRONT")
+        raise UserError("CoFiTune never learns about as much as SFT: give it higher rates in FRONT")
     rate = best["cofitune"]["lr"]
     flags = {**{name: at(FRONT[name][0], best[name]["lr"]) for name in REFINED if best[name]},
              "sft-same-rate": at(FRONT["sft"][0], rate), "random-mask": at(PART + " --mask-source random", rate)}
@@ -693,7 +684,7 @@ CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": clai
 
 
 def main():
-    parser = train.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, prog="compare.py")
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)} (all)")
     parser.add_argument("--seeds", type=int, default=5, help="how many (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="150 steps, 50 examples of each task: a look")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CoFiTune's controls on the two fact tasks: 12 settings x 3 seeds, two runs at a time with one thread each, about half an
 # hour on two CPU cores. Finished runs are kept, so the script may be interrupted and started again. Then:
-#   python reproduce/table.py out/controls
+#   python -m reproduce.table out/controls
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1

@@ -1,19 +1,20 @@
 """Draws the README's pictures from compare.json, each for a light and for a dark page.
 
-    pip install -r reproduce/requirements.txt && python reproduce/figures.py [COMPARE_JSON]
+    pip install -r reproduce/requirements.txt && python -m reproduce.figures [COMPARE_JSON]
 
 The pictures lie beside this file in results/. Nothing is computed here that compare.json does not hold.
 """
 
-import json
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+from engine.flags import Parser, command_line  # noqa: E402
+from model import read_json  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAMES = {"sft": "SFT", "lora": "LoRA", "multilora": "MultiLoRA", "loreft": "LoReFT", "csreft": "CS-ReFT",
@@ -192,13 +193,14 @@ PICTURES = {"accuracy": ("compare", accuracy), "spectra": ("multilora", spectra)
 
 
 def main():
-    file = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "compare.json"
-    if not file.exists():
-        sys.exit(f"figures.py: error: {file} does not exist; python reproduce/compare.py writes it")
-    everything = json.loads(file.read_text(encoding="utf-8"))
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, default=RESULTS / "compare.json", help="what reproduce.compare "
+                        "writes (%(default)s)")
+    file = parser.parse_args().file
+    everything = read_json(file)
     for name, (section, draw) in PICTURES.items():
         if section not in everything:
-            print(f"{name}: skipped, {file} has no {section!r} (python reproduce/compare.py "
+            print(f"{name}: skipped, {file} has no {section!r} (python -m reproduce.compare "
                   f"{'--seeds 5' if section == 'compare' else '--claim ' + section})")
             continue
         for kind, page in PAGES.items():
@@ -210,4 +212,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -1,18 +1,19 @@
-"""The README's tables, as Markdown.
+"""The tables of `reproduce/README.md`, as Markdown.
 
-    python reproduce/table.py --readme          # rewrites those between its marks from results/compare.json
-    python reproduce/table.py out/controls      # prints runs in folders NAME-SEED: the mean over seeds, and every seed
+    python -m reproduce.table --readme          # rewrites those between its marks from results/compare.json
+    python -m reproduce.table out/controls      # prints runs in folders NAME-SEED: the mean over seeds, and every seed
 """
 
-import json
 import re
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
+from engine.flags import Parser, command_line
+from model import UserError, read_json
+
 HERE = Path(__file__).resolve().parent
-STORED, README = HERE / "results" / "compare.json", HERE.parent / "README.md"
+STORED, README = HERE / "results" / "compare.json", HERE / "README.md"
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:(?!<!-- table).)*?(<!-- end of table -->)", re.S)
 
 
@@ -136,7 +137,7 @@ TABLES = {"comparison": comparison, "tasks": tasks, "tuning": tuning, "spectra":
 
 
 def rewritten(text, everything):
-    """A README with the tables between its marks made anew. KeyError for a section that is not in compare.json."""
+    """The README with the tables between its marks made anew. KeyError for a section that is not in compare.json."""
     return MARK.sub(lambda m: m[1] + "\n" + TABLES[m[2]](everything) + "\n\n" + m[3], text)
 
 
@@ -147,7 +148,7 @@ def runs_of(folder):
     """{name: [(seed, speciality, versatility)]} of the runs below a folder, in the order they were made."""
     found = defaultdict(list)
     for file in sorted(Path(folder).glob("*/results.json"), key=lambda file: file.stat().st_mtime):
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_json(file)
         name = file.parent.name.rsplit("-", 1)[0]
         found[name].append((results["seed"], results["speciality"], results["versatility"]))
     return found
@@ -163,20 +164,22 @@ def controls(folder):
 
 
 def main():
-    if sys.argv[1:] == ["--readme"]:
-        if not STORED.exists():
-            sys.exit(f"table.py: error: {STORED} does not exist; python reproduce/compare.py writes such a file")
-        everything = json.loads(STORED.read_text(encoding="utf-8"))
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", help="finished runs NAME-SEED, such as out/controls, to print")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables of reproduce/README.md instead")
+    args = parser.parse_args()
+    if args.readme:
+        everything = read_json(STORED)
         try:
             text = rewritten(README.read_text(encoding="utf-8"), everything)
         except KeyError as error:
-            sys.exit(f"table.py: error: {STORED} has no {error}; README is as it was")
+            raise UserError(f"{STORED} has no {error}; README is as it was") from None
         README.write_text(text, encoding="utf-8")
-    elif len(sys.argv) == 2 and runs_of(sys.argv[1]):
-        print(controls(sys.argv[1]))
+    elif args.folder and runs_of(args.folder):
+        print(controls(args.folder))
     else:
-        sys.exit("table.py: error: give --readme, or a folder that holds finished runs NAME-SEED, such as out/controls")
+        raise UserError("give --readme, or a folder that holds finished runs NAME-SEED, such as out/controls")
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

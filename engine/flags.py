@@ -1,0 +1,101 @@
+"""A dataclass as command-line flags, and a user's mistakes in one line.
+
+Each field of a settings dataclass is a flag: `rank: Annotated[int, "rank of each module", "[1, inf)"] = 4` is
+`--rank`, with that help text and that default. The third part, where there is one, is the interval of allowed values.
+"""
+
+import argparse
+import difflib
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+from model import UserError
+
+
+def program():
+    """What runs, as its user named it: `train.py`, or `tools.chat` for `python -m tools.chat`."""
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else Path(sys.argv[0]).name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with flags before or after positional arguments, no abbreviations, and errors on one line."""
+
+    def __init__(self, **options):
+        super().__init__(**{"prog": program(), "allow_abbrev": False, **options},
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            flags = sorted(option for option in self._option_string_actions if option.startswith("--"))
+            near = difflib.get_close_matches(unknown[0], flags, 1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else "")
+                       + f" valid: {' '.join(flags)}")
+        return args
+
+
+def described(settings):
+    """(name, type, help text, interval or None) of each field of a settings dataclass."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for f in fields(settings):
+        kind, text, *interval = get_args(hints[f.name]) if get_origin(hints[f.name]) is Annotated else (
+            hints[f.name], "")
+        yield f.name, kind, text, interval[0] if interval else None
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def add_flags(group, defaults, skip=()):
+    """One flag for each field of a dataclass instance, whose values are the defaults."""
+    for name, kind, text, _ in described(defaults):
+        if name in skip:
+            continue
+        default = getattr(defaults, name)
+        options = {"default": default, "help": text.replace("%", "%%") + " (%(default)s)"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is list:
+            options.update(nargs="+", metavar="FILE", help=f"{text} ({' '.join(default) or 'none'})")
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            options["type"] = next((t for t in get_args(kind) if t is not NoneType), kind)
+            options["metavar"] = options["type"].__name__.upper()
+        group.add_argument(flag(name), **options)
+
+
+def check(settings):
+    """Raises UserError for a number outside the interval that its field names, such as "[0, 1)" or "(0, inf)"."""
+    for name, _, _, interval in described(settings):
+        value = getattr(settings, name)
+        if interval is None or value is None:
+            continue
+        low, high = map(float, interval[1:-1].split(","))
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
+            most = "" if high == float("inf") else f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}"
+            raise UserError(f"{flag(name)} is {value}, expected {least}{most}")
+
+
+def command_line(main):
+    """Runs a program. A UserError, or an error of the operating system, is one line and exit code 2; anything else is
+    a bug and keeps its traceback."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"{program()}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

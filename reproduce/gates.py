@@ -1,0 +1,77 @@
+"""Gates of a CS-ReFT run, task by task, and what each subspace is good for.
+
+    python -m reproduce.gates out/csreft
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import data
+from engine.flags import Parser, command_line
+from model import UserError, count_parameters
+from train import Config, load_data, load_run
+
+
+def table(title, columns, rows):
+    print(f"\n{title}\n{'':<14}" + "".join(f"{c:>12}" for c in columns))
+    for name, values in rows.items():
+        print(f"{name:<14}" + "".join(f"{v:>12.2f}" for v in values))
+
+
+@torch.no_grad()
+def gates_by_task(model, adapter, tests, pad):
+    """{task: mean gates (k,)} over encoded examples. Only embeddings are needed: the router reads nothing else."""
+    means = {}
+    for task, examples in tests.items():
+        total = 0.0
+        for start in range(0, len(examples), 64):
+            batch = data.collate(examples[start : start + 64], pad).to(model.device)
+            adapter.edits.route(model.model.embed_tokens(batch.ids), batch.ctx)
+            total = total + batch.ctx.memory["gates"].sum(0)
+        means[task] = (total / len(examples)).tolist()
+    return means
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="run folder, such as out/csreft")
+    parser.add_argument("--eval-limit", type=int, default=0, help="examples of each task, 0 for all")
+    args = parser.parse_args()
+    model, adapter, _, saved = load_run(args.run)
+    if not hasattr(adapter, "edits"):
+        raise UserError(f"{args.run} is a run of {saved['method']!r}, expected csreft or loreft")
+    config = Config(**saved["settings"])
+    suite, tokenizer = load_data(config, limit=args.eval_limit or config.eval_limit, train=False)
+    new = replace(suite, tests={task: e for task, e in suite.tests.items() if suite.group[task] == "new"})
+    k, names = adapter.edits.config.subspaces, [f"subspace {i}" for i in range(adapter.edits.config.subspaces)]
+    score = lambda: {task: data.main_figure(figures) for task, figures in data.evaluate(
+        model, new, tokenizer, config.batch_size, config.max_new_tokens).items()}
+
+    table("mean gate of each subspace", names, gates_by_task(model, adapter, suite.tests, tokenizer.pad_id))
+    soft, without = score(), []
+    for i in range(k):
+        adapter.edits.off = i
+        without.append(score())
+    adapter.edits.off = None
+    table("score in % (or loss), and with one subspace switched off", ["all on"] + [f"no {i}" for i in range(k)],
+          {task: [soft[task]] + [w[task] for w in without] for task in new.tests})
+    if adapter.edits.router is not None:
+        adapter.edits.config.gate = "hard"
+        hard, opened = score(), gates_by_task(model, adapter, new.tests, tokenizer.pad_id)
+        table(f"soft gates, hard gates (α > {adapter.edits.config.threshold}) and share of them open",
+              ["soft", "hard", "open"], {task: [soft[task], hard[task], sum(opened[task]) / k] for task in new.tests})
+        means = [new.means({task: {"": s[task]} for task in new.tests})[0] for s in (soft, hard)]
+        if None not in means:
+            print(f"{'mean, in %':<14}" + "".join(f"{value:>12.2f}" for value in means))
+    report = adapter.report()
+    print(f"\nlargest |R R^T - I|: {report['orthonormality_error']:.1e}")
+    base = count_parameters(model.config)
+    for title, number in (("edits", report["edit_parameters"]), ("router", report["router_parameters"]),
+                          ("together", report["edit_parameters"] + report["router_parameters"])):
+        print(f"{title:<9}{number:>10,} parameters, {100 * number / base:.3f} % of the base")
+
+
+if __name__ == "__main__":
+    command_line(main)

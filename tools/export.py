@@ -1,0 +1,75 @@
+"""A run as other programs read it.
+
+    python -m tools.export out/multilora --hf merged        # a plain checkpoint for transformers
+    python -m tools.export out/multilora --peft adapter     # MultiLoRA, LoRA: a PEFT LoRA adapter of rank n r
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from engine.flags import Parser, command_line
+from model import UserError, open_tensors, tensor_files, write_json
+from train import load_run
+
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+          "chat_template.jinja", "chat_template.json")
+
+
+def save_merged(run, base, out):
+    """A plain checkpoint with the adapter folded in, in the base's dtype, tokenizer files beside it."""
+    model, adapter, _, saved = load_run(run, base=base)
+    checkpoint = Path(base or saved["settings"]["base"])
+    adapter.merge()
+    name, file = next(iter(tensor_files(checkpoint).items()))
+    with open_tensors(file) as tensors:
+        dtype = tensors.get_tensor(name).dtype
+    model.to(dtype).save_pretrained(out)
+    for file in BESIDE:
+        if (checkpoint / file).exists():
+            shutil.copy(checkpoint / file, out / file)
+    print(f"{out}: a plain checkpoint, {str(dtype).removeprefix('torch.')}")
+
+
+@torch.no_grad()
+def save_peft(run, base, out):
+    """A standard PEFT LoRA adapter: A_i stacked, (alpha / r) s_i * B_i side by side, and a scaling of one. Exact, since
+    the n modules are one pair of matrix products anyway."""
+    _, adapter, _, saved = load_run(run, base=base)
+    if not hasattr(adapter, "deltas"):
+        raise UserError(f"{run}: only MultiLoRA and LoRA are a LoRA adapter, and {saved['method']!r} is not")
+    tensors = {}
+    for name, linear in adapter.linears.items():
+        down, up = linear.multilora.factors()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+    rank = len(down)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    write_json(out / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base or saved["settings"]["base"]), "r": rank,
+        "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "target_modules": sorted({name.rsplit(".", 1)[1] for name in adapter.linears})})
+    print(f"{out}: a PEFT LoRA adapter of rank {rank} for {len(adapter.linears)} layers")
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="run folder, such as out/multilora")
+    parser.add_argument("--hf", type=Path, metavar="DIR", help="write a plain checkpoint")
+    parser.add_argument("--peft", type=Path, metavar="DIR", help="write a PEFT LoRA adapter")
+    parser.add_argument("--base", type=Path, help="where the run's base lies now; default: where it was")
+    args = parser.parse_args()
+    if bool(args.hf) + bool(args.peft) != 1:
+        raise UserError("give one of --hf DIR and --peft DIR")
+    out = args.hf or args.peft
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something already: name a new folder")
+    (save_merged if args.hf else save_peft)(args.run, args.base, out)
+
+
+if __name__ == "__main__":
+    command_line(main)

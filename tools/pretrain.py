@@ -1,0 +1,66 @@
+"""Makes the built-in base from nothing: a tokenizer, random weights, and the shared loop on the general tasks.
+
+    python -m tools.pretrain --overwrite
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from base import suite as builtin
+from data import Tokenizer, encode_suite
+from engine.flags import Parser, add_flags, check, command_line, program
+from model import Adapter, Llama, LlamaConfig, UserError, write_json
+from train import Config, learn, place, provenance
+
+FLAGS = ("steps", "batch_size", "lr", "weight_decay", "seed", "device", "dtype", "eval_limit", "out", "overwrite")
+DEFAULTS = Config(steps=3600, batch_size=96, lr=2e-3, weight_decay=0.1, out="base")
+
+
+def train_tokenizer(examples, size=512):
+    """A byte-level BPE of `size` entries. Each digit stays a token of its own: merged digits would make arithmetic a
+    different, much harder task."""
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    fast.decoder = decoders.ByteLevel()
+    fast.train_from_iterator(
+        ("".join(s.text for s in e.segments) for e in examples),
+        trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return Tokenizer(fast, bos_id=1, eos_id=2, pad_id=0, stop_ids={2}, template="short")
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n\n")[0])
+    add_flags(parser, DEFAULTS, skip=asdict(DEFAULTS).keys() - set(FLAGS))
+    config = Config(**{**asdict(DEFAULTS), **vars(parser.parse_args())})
+    check(config)
+    device, dtype = place(config)
+    out = Path(config.out)
+    if (out / "config.json").exists() and not config.overwrite:
+        raise UserError(f"{out} holds a checkpoint already: choose another --out, or add --overwrite to replace it")
+    suite = builtin.load("general", config.eval_split, config.eval_limit)
+    tokenizer = train_tokenizer(suite.train)
+    model = Llama(LlamaConfig(
+        vocab_size=tokenizer.size, hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
+        rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
+    model.init_weights(config.seed)
+    model.to(device)
+    model.dtype = dtype  # of the computation; what is trained stays float32
+    record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
+    record.mkdir(parents=True, exist_ok=True)
+    suite = encode_suite(suite, tokenizer, config.max_length)
+    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, record)
+    model.save_pretrained(out)
+    tokenizer.save(out)
+    write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names, **provenance([program()])})
+    write_json(record / "results.json", results)
+
+
+if __name__ == "__main__":
+    command_line(main)
