@@ -37,6 +37,8 @@ Read in this order: equation (above), Config, the module (search and importance)
 """
 
 from dataclasses import dataclass, replace
+from itertools import islice
+from statistics import median
 from typing import Annotated, Literal
 
 import torch
@@ -81,15 +83,13 @@ PARTS = {KINDS["MHA"]: ("q_proj", "k_proj", "v_proj", "o_proj", "q_proj,k_proj,v
 def plan(config, model_config, trial):
     """Chooses layers and modules where `--layers search` asks for it; returns the settled Config.
 
-    trial(config, steps) -> (speciality, versatility) fine-tunes a fresh copy; it remembers what it has scored.
+    trial(name, config, steps=...) fine-tunes a fresh copy in a run folder of its own and gives its results.
     """
     if config.layers != "search":
         return config
     most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values()))
-    first = replace(config, layers=RANGES[0], modules=KINDS["FFN"], mask_on="none")
-    seconds = trial.estimate(first, config.search_steps)
-    print(f"tree search: at most {most} nodes x {seconds:.0f} s = {most * seconds / 60:.1f} minutes, "
-          f"{config.search_steps} steps each", flush=True)
+    print(f"tree search: at most {most} nodes of {config.search_steps} steps", flush=True)
+    seconds = []
     scores = {}  # {node: (speciality, versatility)}, a node being (layers, modules)
     tree = {}  # {node: the nodes that it opens}, None being the root
     chosen, path = None, []
@@ -100,8 +100,14 @@ def plan(config, model_config, trial):
         nodes = [node for node in children(chosen) if inside(node[0], model_config.num_hidden_layers)]
         tree.setdefault(chosen, []).extend(nodes)
         for layers, modules in nodes:
+            name = f"{layers.replace('%', '')}-{title(modules).replace(',', '+')}"
             node = replace(config, layers=layers, modules=modules, mask_on="none")
-            scores[layers, modules] = trial(node, config.search_steps)
+            results = trial(name, node, steps=config.search_steps)
+            scores[layers, modules] = results["speciality"], results["versatility"]
+            seconds.append(results["seconds"])
+            left = most - len(seconds)
+            print(f"  {name:<32} speciality {results['speciality']:>5.1f}  versatility {results['versatility']:>5.1f}"
+                  f"  at most {left} more, {left * median(seconds) / 60:.1f} minutes", flush=True)
         # The wider node comes first: it stays chosen unless one inside it is better.
         chosen = max(path[-1:] + nodes, key=lambda node: sum(scores[node]))
         path.append(chosen)
@@ -118,14 +124,18 @@ def inside(layers, count):
         return False
 
 
+def title(modules):
+    """MHA or FFN for all of their modules."""
+    return next((kind for kind, every in KINDS.items() if modules == every), modules)
+
+
 def draw_tree(tree, scores, path, node=None, indent=""):
     """The scored nodes as text; * marks the path to the chosen one."""
     lines = [] if node else [f"{'tree search, validation data':<44}{'speciality':>10}{'versatility':>13}{'Uni':>8}"]
     children = tree.get(node, [])
     for child in children:
         last = child == children[-1]
-        name = next((kind for kind, modules in KINDS.items() if modules == child[1]), child[1])
-        label = f"{indent}{'└─' if last else '├─'} {child[0]} {name}{' *' if child in path else ''}"
+        label = f"{indent}{'└─' if last else '├─'} {child[0]} {title(child[1])}{' *' if child in path else ''}"
         speciality, versatility = scores[child]
         lines.append(f"{label:<44}{speciality:>10.1f}{versatility:>13.1f}{speciality + versatility:>8.1f}")
         if child in tree:
@@ -142,8 +152,9 @@ def units(linear, name, config):
     return linear.out_features // config.head_dim if by_head else linear.out_features
 
 
-def importance(model, linears, batches, dropout):
-    """{module name: I (units,)} by the two-pass KL of the docstring, from an iterable of batches.
+def importance(model, linears, steps, dropout):
+    """{module name: I (units,)} by the two-pass KL of the docstring. steps: an iterable of lists of micro-batches; the
+    gradients of a list add up to those of one batch before |.| is taken.
 
     Zscore is over the units of one module in one layer; where all units are alike, I is zero.
     """
@@ -163,10 +174,12 @@ def importance(model, linears, batches, dropout):
         for block in (layer.self_attn, layer.mlp):
             handles.append(block.register_forward_hook(lambda block, args, output: F.dropout(output, dropout)))
     try:
-        for batch in batches:
-            loss = two_pass_kl(model, batch)
-            for name, gradient in zip(masks, torch.autograd.grad(loss, list(masks.values()))):
-                raw[name] = raw[name] + gradient.abs()
+        for batches in steps:
+            labelled = sum((batch.labels[:, 1:] != -100).sum() for batch in batches)
+            gradients = [torch.autograd.grad(two_pass_kl(model, batch) / labelled, list(masks.values()))
+                         for batch in batches]
+            for name, *parts in zip(masks, *gradients):
+                raw[name] = raw[name] + sum(parts).abs()
             count += 1
     finally:
         for handle in handles:
@@ -181,12 +194,12 @@ def importance(model, linears, batches, dropout):
 
 
 def two_pass_kl(model, batch):
-    """KL(p_2 || p_1), mean over the labelled tokens, of two passes that differ only in their dropout."""
+    """KL(p_2 || p_1), summed over the labelled tokens, of two passes that differ only in their dropout."""
     first, second = (model.labelled_logits(batch.ids, batch.labels, Context(batch.ctx.prompt_mask, batch.ctx.tasks))[0]
                      for _ in range(2))
     wide = torch.promote_types(first.dtype, torch.float32)
     log_p1, log_p2 = first.to(wide).log_softmax(-1), second.to(wide).log_softmax(-1)
-    return (log_p2.exp() * (log_p2 - log_p1)).sum(-1).mean()
+    return (log_p2.exp() * (log_p2 - log_p1)).sum()
 
 
 # ---------------------------------------------------------------------------------------------- attach
@@ -201,11 +214,11 @@ class CoFiTuneAdapter(Adapter):
         self.masks = {}  # {module name: 1 - I (units,)}, made by prepare() where a mask is wanted
         self.base = {name: p.detach().clone().float() for name, p in trained.items()} if config.l2_to_base else {}
 
-    def prepare(self, batches):
+    def prepare(self, steps):
         """Importance of the units, before anything has moved."""
         if self.config.mask_on == "none":
             return
-        some = [batch for _, batch in zip(range(self.config.importance_batches), batches)]
+        some = islice(steps, self.config.importance_batches)
         scores = importance(self.model, self.linears, some, self.config.importance_dropout)
         if self.config.mask_source == "random":
             scores = {name: score[torch.randperm(len(score)).to(score.device)] for name, score in scores.items()}

@@ -188,13 +188,13 @@ class CSReFTAdapter(Adapter):
         return groups
 
     @torch.no_grad()
-    def prepare(self, batches):
+    def prepare(self, steps):
         """Says so where the router would read the same thing for every prompt, so that its gates must be constant."""
         if not self.config.router:
             return
         read = []
-        for _, batch in zip(range(4), batches):
-            read.append(self.edits.read(self.model.model.embed_tokens(batch.ids), batch.ctx.prompt_mask))
+        for _, batches in zip(range(4), steps):
+            read += [self.edits.read(self.model.model.embed_tokens(b.ids), b.ctx.prompt_mask) for b in batches]
         read = torch.cat(read)
         self.constant = bool(torch.allclose(read, read[:1].expand_as(read), atol=1e-6))
         if self.constant:

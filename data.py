@@ -345,3 +345,37 @@ def evaluate(model, suite, tokenizer, batch_size=48, new_tokens=256):
     with model.autocast():
         return {task: suite.score[task](model, examples, tokenizer, batch_size, new_tokens)
                 for task, examples in suite.tests.items()}
+
+
+def summary(suite, before, after):
+    """The part of results.json that is about scores. A task's before and after are its main figure's; `figures` holds
+    all that it is scored by."""
+    speciality, versatility = suite.means(after)
+    main = main_figure
+    return {"tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task],
+                             "score": suite.score[task].__name__,
+                             "before": main(before[task]) if before else None, "after": main(after[task]),
+                             "figures": {name: [before[task][name] if before else None, after[task][name]]
+                                         for name in after[task]}}
+                      for task in after},
+            "speciality": speciality, "versatility": versatility,
+            "uni": None if None in (speciality, versatility) else speciality + versatility}
+
+
+def print_table(results):
+    """The figures of each task before and after, one column where nothing was trained, and the group means."""
+    trained = "trainable_parameters" in results
+    line = lambda name, kind, *values: f"{name:<23} {kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
+    print("\n" + line("in % but for loss", results["eval_split"], *(("before", "after") if trained else ("score",))))
+    for group, title in (("new", "speciality"), ("general", "versatility")):
+        rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
+        for task, s in rows.items():
+            for i, (name, values) in enumerate(s["figures"].items()):
+                shown = [f"{v:.1f}" if s["score"] != "loss" else f"{v:.4g}" for v in values]
+                print(line("" if i else "  " + task, s["aspect"] if name == "exact match" else name, *shown))
+        before = [s["before"] for s in rows.values() if s["score"] != "loss"]
+        if before:
+            print(line(title, f"mean, {group}", f"{sum(before) / len(before):.1f}", f"{results[title]:.1f}"))
+    if results["uni"] is not None:
+        print(line("Uni", "their sum", "", f"{results['uni']:.1f}"))
+    print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")

@@ -16,6 +16,7 @@ Source: Touvron et al., "LLaMA" (arXiv 2302.13971) and "Llama 2" (2307.09288); r
 
 import json
 import math
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -402,9 +403,8 @@ class Llama(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
         write_json(path / "config.json", {**self.config.to_dict(), "torch_dtype": dtype})
-        part = path / "model.safetensors.part"  # these very weights may be mapped from the file that is replaced
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt"})
-        part.replace(path / "model.safetensors")
+        with written(path / "model.safetensors") as part:  # these very weights may be mapped from the file there now
+            save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt"})
 
     # ------------------------------------------------------------------------------------------ generation
 
@@ -464,11 +464,24 @@ def read_json(path):
     return value
 
 
+@contextmanager
+def written(path):
+    """Gives a name beside `path` to write to. What is there takes the place of `path` once it is on the disk, so that
+    an interrupted write leaves the old file whole. The process number keeps two writers apart."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path, value):
-    """Writes beside the file and renames, so that an interrupted write leaves the old file whole."""
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    with written(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -523,8 +536,9 @@ class Adapter:
         params = [p for p in self.model.parameters() if p.requires_grad]
         return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
-    def prepare(self, batches):
-        """Called once before the first step with some training batches."""
+    def prepare(self, steps):
+        """Called once before the first step, on the unchanged model, with the data of some training steps: an iterable
+        of lists of micro-batches. A continued run calls it too, and then loads its tensors."""
 
     def penalty(self, ctx):
         """A scalar added to the mean loss of a micro-batch; ctx is the Context of its forward pass."""

@@ -7,30 +7,29 @@ trials, scoring alone, and finished runs. No line here knows a method by name: a
 `Config` and `attach(model, config) -> Adapter` is a method (README, "Add a method").
 """
 
-import hashlib
+import argparse
 import importlib
 import json
 import math
-import platform
-import shlex
+import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy
-import safetensors
-import tokenizers
 import torch
-from safetensors.torch import save_file
 
 import data
 import formats
 from base import suite as builtin
-from engine.flags import Parser, add_flags, check, command_line, flag
-from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, write_json
+from engine.checkpoint import Checkpoint, save_tensors, signals_kept
+from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
+from engine.folder import clear_folder, digest, open_folder, peak_memory, provenance
+from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
+from model import write_json, written
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("auto", *formats.TEMPLATES)
@@ -83,12 +82,13 @@ class Config:
     eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
     eval_limit: Annotated[int, "examples of each task to score, 0 for all", "[0, inf)"] = 0
     log_every: Annotated[int, "steps between two lines of metrics.jsonl", "[1, inf)"] = 10
+    save_every: Annotated[int, "steps between two checkpoints, 0 for none", "[0, inf)"] = 100
     grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
         False
     eval_only: Annotated[bool, "score a base, or a run with --adapter, and train nothing"] = False
     adapter: Annotated[str | None, "finished run folder to score with --eval-only"] = None
     out: Annotated[str | None, "run folder; default out/METHOD"] = None
-    overwrite: Annotated[bool, "replace the run that is already in the folder"] = False
+    overwrite: Annotated[bool, "start anew, whatever run is in the folder"] = False
 
     def __post_init__(self):
         for name, value in {**STANDARD, **defaults_of(self.method)}.items():
@@ -154,23 +154,28 @@ def defaults_of(name):
 
 
 def parse(argv):
-    """(Config, the method's Config or None) from the command line; exits with code 2 and one line on a mistake."""
+    """(Config, the method's Config or None, names of train's own settings that argv gives) from the command line; exits
+    with code 2 and one line on a mistake."""
     first = Parser(add_help=False)
     first.add_argument("--method")
     name = first.parse_known_args(argv)[0].method
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_flags(parser.add_argument_group("every run"), Config(method=name))
+    standard, own = Config(method=name), None
+    add_flags(parser.add_argument_group("every run"), standard)
     if name:
-        _, defaults = method_of(name)
-        add_flags(parser.add_argument_group(f"--method {name}"), defaults)
+        own = method_of(name)[1]
+        add_flags(parser.add_argument_group(f"--method {name}"), own)
     else:
         parser.epilog = "methods, each with flags of its own (--method NAME --help): " + "; ".join(
             f"{m}: " + " ".join(flag(f.name) for f in fields(d)) for m, (_, d) in find_methods().items())
-    values = vars(parser.parse_args(argv))
-    config = Config(**{f.name: values[f.name] for f in fields(Config)})
+    default = object()  # stands where the command line says nothing
+    found = vars(parser.parse_args(argv, argparse.Namespace(
+        **{f.name: default for settings in (standard, own) if settings for f in fields(settings)})))
+    given = {key: value for key, value in found.items() if value is not default}
+    config = replace(standard, **{f.name: given[f.name] for f in fields(standard) if f.name in given})
     if config.eval_only + (name is not None) != 1:
         parser.error(f"give one of --method NAME and --eval-only; methods: {', '.join(find_methods())}")
-    return config, name and replace(defaults, **{f.name: values[f.name] for f in fields(defaults)})
+    return config, own and replace(own, **{f.name: given[f.name] for f in fields(own) if f.name in given}), given.keys()
 
 
 # ---------------------------------------------------------------------------------------------- one run
@@ -234,66 +239,82 @@ def schedule(step, config):
     return min(step / warmup, cosine)
 
 
-def train(model, adapter, examples, config, pad, log=None):
-    """Trains in place for config.steps steps.
+def train(model, adapter, examples, config, pad, log=None, keep=None):
+    """Trains in place, up to config.steps steps.
 
     The loss of a step is the mean over all labelled tokens of its micro-batches, so gradient accumulation equals one
-    large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps.
+    large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps. keep: the
+    run's Checkpoint, from which training goes on. Raises Stopped, with a checkpoint, after the step in which a signal
+    came.
     """
     per_step = config.batch_size * config.grad_accum
-    draws = data.draw(examples, per_step, config.seed)
-    collated = lambda group: data.collate(group, pad).to(model.device)
+    draw = lambda: data.draw(examples, per_step, config.seed)
+    batches = lambda group: [data.collate(group[i : i + config.batch_size], pad).to(model.device)
+                             for i in range(0, per_step, config.batch_size)]
     with model.autocast():
-        adapter.prepare(collated(group) for group in data.draw(examples, config.batch_size, config.seed))
+        adapter.prepare(map(batches, draw()))
     optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    peaks = [part["lr"] for part in optimizer.param_groups]
+    params = [p for part in optimizer.param_groups for p in part["params"]]
+    done, losses, tokens, seconds = 0, [], 0, 0.0
+    if keep and "step" in keep.facts:
+        keep.load(adapter, optimizer)
+        done, losses, tokens, seconds = (keep.facts[key] for key in ("step", "losses", "tokens", "seconds"))
 
     model.train()
-    start, tokens, losses = time.perf_counter(), 0, []
-    for step in range(1, config.steps + 1):
-        for part, peak in zip(optimizer.param_groups, peaks):
-            part["lr"] = peak * schedule(step, config)
-        group = next(draws)
-        labelled = sum(label != -100 for example in group for label in example.labels)
-        total = 0.0
-        for i in range(0, per_step, config.batch_size):
-            batch = collated(group[i : i + config.batch_size])
-            with model.autocast():
-                loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
-                loss = loss + adapter.penalty(batch.ctx) / config.grad_accum
-            loss.backward()
-            total += loss.item()
-            tokens += batch.ids.numel()
-        if not math.isfinite(total):
-            raise UserError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(params, config.clip)
-        adapter.before_step()
-        optimizer.step()
-        adapter.after_step()
-        optimizer.zero_grad()
-        losses.append(total)
-        if log and (step % config.log_every == 0 or step == config.steps):
+    start = time.perf_counter() - seconds
+    with signals_kept() as caught:
+        for step, group in zip(range(done + 1, config.steps + 1), islice(draw(), done, None)):
+            torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(63))  # dropout's, from here alone
+            for part, peak in zip(optimizer.param_groups, peaks):
+                part["lr"] = peak * schedule(step, config)
+            labelled = sum(label != -100 for example in group for label in example.labels)
+            total = 0.0
+            for batch in batches(group):
+                with model.autocast():
+                    loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
+                    loss = loss + adapter.penalty(batch.ctx) / config.grad_accum
+                loss.backward()
+                total += loss.item()
+            if not math.isfinite(total):
+                raise UserError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(params, config.clip)
+            adapter.before_step()
+            optimizer.step()
+            adapter.after_step()
+            optimizer.zero_grad()
+            losses.append(total)
+            tokens += sum(len(example.ids) for example in group)
             seconds = time.perf_counter() - start
-            log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
-                 "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds,
-                 "eta_seconds": seconds / step * (config.steps - step)})
-            losses = []
+            if log and (step % config.log_every == 0 or step == config.steps):
+                log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
+                     "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds,
+                     "eta_seconds": seconds / step * (config.steps - step)})
+                losses = []
+            due = config.save_every and (step % config.save_every == 0 or step == config.steps)
+            if keep and (due or caught):
+                keep.save(adapter, optimizer, step=step, losses=losses, tokens=tokens, seconds=seconds)
+            if caught:
+                raise Stopped(caught[0], f"stopped after step {step} of {config.steps}")
     model.eval()
 
 
 class Log:
-    """Writes metrics.jsonl and shows progress: in place on a terminal, one line in ten records elsewhere."""
+    """Writes metrics.jsonl and shows progress: in place on a terminal, one line in ten records elsewhere (none where it
+    is quiet). Records after `step` are cut off: they will be made again."""
 
-    def __init__(self, path):
-        self.file, self.live, self.count = open(path, "w", encoding="utf-8"), sys.stdout.isatty(), 0
+    def __init__(self, path, step=0, quiet=False):
+        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
+        with written(path) as part:
+            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step))
+        self.file, self.live, self.quiet, self.count = open(path, "a", encoding="utf-8"), sys.stdout.isatty(), quiet, 0
 
     def __call__(self, record):
         print(json.dumps(record), file=self.file, flush=True)
         last = record["step"] == record["steps"]
         self.count += 1
-        if self.live or last or self.count % 10 == 1:
+        if self.live or not self.quiet and (last or self.count % 10 == 1):
             line = "step {step:>5}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {eta}"
             line = line.format(**record, eta=clock(record["eta_seconds"]))
             print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
@@ -303,251 +324,176 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-@dataclass
-class Job:
-    """A run's settings, and what it needs before a method is attached."""
-
-    config: Config
-    method_config: object
-    method: object  # its module
-    base: LlamaConfig
-    device: torch.device
-    dtype: torch.dtype
-    out: Path
-    asked: dict  # what identifies the run: base, method and all settings
-
-    def start(self, method_config):
-        """(model, adapter) from a new copy of the base. The seed is set here, so that each start is the same."""
-        torch.manual_seed(self.config.seed)
-        model = Llama.from_pretrained(self.config.base, self.device, self.dtype)
-        model.model.checkpointing = self.config.grad_checkpointing
-        return model, start_adapter(model, self.method, method_config)
+TRIAL_EXAMPLES = 50  # of each task, that a trial is scored on
 
 
-def open_job(config, method_config):
-    """Raises UserError for a device or a base that is not there, and for a folder that holds another run."""
-    check(config)
-    check(method_config)
+def run(config, method_config=None, argv=(), trial=None):
+    """One whole run of a method, or what is left of it, or nothing where its folder holds it finished; returns what
+    results.json holds.
+
+    method_config: default, the method's own. trial: the data of a trial that a method's plan() asked for; it is not
+    scored before training, and its weights are dropped. Raises UserError for a mistake in the settings, and for a
+    folder that holds something else; nothing has been written by then.
+    """
+    method, own = method_of(config.method)
+    method_config, out = method_config or own, Path(config.out or f"out/{config.method}")
+    for settings in (config, method_config):
+        check(settings)
     device, dtype = place(config)
-    base = LlamaConfig.from_pretrained(config.base)
-    out = Path(config.out or f"out/{config.method}")
-    asked = {"method": config.method, "settings": asdict(replace(config, overwrite=False)),
-             "method_settings": asdict(method_config), "base_sha256": checksum(Path(config.base))}
-    check_folder(out, config.overwrite, asked)
-    return Job(config, method_config, method_of(config.method)[0], base, device, dtype, out, asked)
+    model_config = LlamaConfig.from_pretrained(config.base)
+    asked = identity(config, method_config, device, dtype)
+    saved = open_folder(out, asked, config.overwrite)
+    if saved and (out / "results.json").exists():
+        (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
+        return show_finished(out, quiet=trial is not None)
+    suite, tokenizer = trial or load_data(config)
 
+    def begin(**more):
+        """Writes config.json, once before the first trial and again when all is settled."""
+        if not saved:
+            clear_folder(out)
+        saved.update(method=config.method, asked=asked, tasks=suite.names, template=template_of(config, tokenizer),
+                     **provenance(argv), **more)
+        write_json(out / "config.json", saved)
 
-def settle(job):
-    """The method's Config to train with: as asked, or as its plan() chooses by trials."""
-    if not hasattr(job.method, "plan"):
-        return job.method_config
-    return job.method.plan(job.method_config, job.base, Trials(job))
+    @cache
+    def trial_data():
+        found = load_data(config, "validation", min(TRIAL_EXAMPLES, config.eval_limit or TRIAL_EXAMPLES))
+        if None in found[0].means({task: {"": 0.0} for task in found[0].tests}):
+            raise UserError("a search needs new and general tasks that are scored in percent, not by loss: give such "
+                            "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
+        return found
 
+    def run_trial(name, trial_config, **settings):
+        found = trial_data()
+        if not saved:
+            begin()
+        settings = {"eval_split": "validation", "overwrite": False, **settings, "out": str(out / "search" / name)}
+        return run(replace(config, **settings), trial_config, argv, found)
 
-def run(config, method_config=None, argv=()):
-    """One whole run of a method; returns what results.json holds. method_config: default, the method's own."""
-    job = open_job(config, method_config or method_of(config.method)[1])
-    suite, tokenizer = load_data(config)
-    method_config = settle(job)
-    model, adapter = job.start(method_config)  # every mistake has shown by now, and nothing old is deleted before
-    clear_folder(job.out)
-    write_json(job.out / "config.json", {
-        **job.asked, "method_settings": asdict(method_config), "tasks": suite.names,
-        "template": template_of(config, tokenizer), **provenance(argv)})
-    results = learn(config, config.method, model, adapter, suite, tokenizer, job.out)
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
-    save_file(tensors, job.out / "adapter.safetensors", {"format": "pt"})
-    write_json(job.out / "results.json", results)
+    if "settled" in saved:
+        method_config = type(own)(**saved["settled"])
+    elif hasattr(method, "plan"):
+        method_config = method.plan(method_config, model_config, run_trial)
+    torch.manual_seed(config.seed)
+    model = Llama.from_pretrained(config.base, device, dtype)
+    model.model.checkpointing = config.grad_checkpointing
+    adapter = start_adapter(model, method, method_config)
+    if "settled" not in saved:
+        begin(settled=asdict(method_config))
+    keep = Checkpoint(out / "checkpoint.safetensors")
+    try:
+        results = learn(config, config.method, model, adapter, suite, tokenizer, out, keep, trial is not None)
+    except Stopped as stopped:
+        raise Stopped(stopped.number, f"{stopped}; the same command continues: {saved['command']}") from None
+    write_json(out / "results.json", results)
+    for name in ("checkpoint.safetensors", *(["adapter.safetensors"] if trial else [])):
+        (out / name).unlink(missing_ok=True)
     return results
 
 
-class Trials:
-    """trial(config, steps) -> (speciality, versatility): a short fine-tune of a fresh copy, scored on validation data.
-
-    Every score is written to search.json in the run folder at once, and a trial that is there is not trained again.
-    """
-
-    EXAMPLES = 50  # of each task
-
-    def __init__(self, job):
-        self.job, self.file = job, job.out / "search.json"
-        self.known = read_json(self.file)["trials"] if same_search(job.out, job.asked) else []
-
-    @cached_property
-    def data(self):
-        limit = min(self.EXAMPLES, self.job.config.eval_limit or self.EXAMPLES)
-        suite, tokenizer = load_data(self.job.config, "validation", limit)
-        if {suite.group[t] for t in suite.tests if suite.score[t] is not data.loss} != {"new", "general"}:
-            raise UserError("a search needs new and general tasks that are scored in percent, not by loss: give such "
-                            "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
-        return suite, tokenizer
-
-    def __call__(self, method_config, steps):
-        key = {"settings": asdict(method_config), "steps": steps}
-        found = next((t for t in self.known if key.items() <= t.items()), None)
-        if found is None:
-            start = time.perf_counter()
-            speciality, versatility = self.data[0].means(self.fine_tune(method_config, steps))
-            seconds = time.perf_counter() - start
-            found = {**key, "speciality": speciality, "versatility": versatility, "seconds": seconds}
-            self.known.append(found)
-            self.job.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, {"asked": self.job.asked, "trials": self.known})
-        return found["speciality"], found["versatility"]
-
-    def fine_tune(self, method_config, steps):
-        """{task: figures} after `steps` steps."""
-        (suite, tokenizer), config = self.data, self.job.config
-        model, adapter = self.job.start(method_config)
-        train(model, adapter, suite.train, replace(config, steps=steps), tokenizer.pad_id)
-        return data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
-
-    def estimate(self, method_config, steps):
-        """Seconds that a trial will take, from the trials so far or from a few steps."""
-        if self.known:
-            return sorted(t["seconds"] for t in self.known)[len(self.known) // 2]
-        self.fine_tune(method_config, 1)  # the first one of a process is slower
-        seconds = []
-        for few in (1, 11):
-            start = time.perf_counter()
-            self.fine_tune(method_config, few)
-            seconds.append(time.perf_counter() - start)
-        return seconds[0] + max(0.0, seconds[1] - seconds[0]) / 10 * (steps - 1)
-
-
-def learn(config, name, model, adapter, suite, tokenizer, out):
-    """Score, train, score, and the table: what fine-tuning and pretraining share. Returns what results.json holds."""
-    start = time.perf_counter()
+def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=False):
+    """Score, train, save, score, and the table: what fine-tuning and pretraining share. Returns what results.json
+    holds."""
     scored = lambda: data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
-    total = count_parameters(model.config)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
-    print(f"{len(suite.train):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
-          f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {out}", flush=True)
+    start, total = time.perf_counter(), count_parameters(model.config)
+    trainable, before = sum(p.numel() for p in model.parameters() if p.requires_grad), {}
+    facts = keep.facts if keep else {}
+    spent, done = facts.get("seconds", 0.0), facts.get("step", 0)
+    if not trial:
+        print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
+        print(f"{len(suite.train):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
+              f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {out}", flush=True)
+        if done:
+            print(f"{out} holds the first {done} steps: going on from there", flush=True)
+        before = facts["before"] if done else scored()
+        facts["before"] = before
 
-    before = scored()
-    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl"))
+    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl", done, trial), keep)
+    save_tensors(out / "adapter.safetensors", adapter.tensors())
     results = {
         "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
         "trainable_parameters": trainable, "total_parameters": total,
-        **summary(config, suite, before, scored()), "seconds": time.perf_counter() - start,
-        "peak_memory_bytes": peak_memory(model.device), "report": adapter.report()}
-    print_table(results)
+        "eval_split": config.eval_split, **data.summary(suite, before, scored()),
+        "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
+        "report": adapter.report()}
+    if not trial:
+        data.print_table(results)
     return results
 
 
-def summary(config, suite, before, after):
-    """The part of results.json that is about scores. A task's before and after are its main figure's; `figures` holds
-    all that it is scored by."""
-    speciality, versatility = suite.means(after)
-    main = data.main_figure
-    return {"eval_split": config.eval_split,
-            "tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task],
-                             "score": suite.score[task].__name__,
-                             "before": main(before[task]), "after": main(after[task]),
-                             "figures": {name: [before[task][name], after[task][name]] for name in after[task]}}
-                      for task in after},
-            "speciality": speciality, "versatility": versatility,
-            "uni": None if None in (speciality, versatility) else speciality + versatility}
+# What a scored run's own data are; with --eval-only each is the run's where the command line does not name it.
+ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows")
+ABOUT_DATA = ("tasks", "template", "max_length", "too_long")
 
 
-def score_only(config, argv=()):
-    """Scores a base, or a finished run, on the data named, else on the run's own; writes results.json."""
+def score_only(config, given=(), argv=()):
+    """Scores a base, or a finished run, on the data named, else on the run's own; writes results.json. given: the names
+    of settings that were asked for explicitly."""
     check(config)
     device, dtype = place(config)
-    name, out = "base", Path(config.out or "out/eval")
-    check_folder(out, config.overwrite)
+    name, out, saved = "base", Path(config.out or "out/eval"), {}
     if config.adapter:
-        moved = None if config.base == Config.base else config.base  # else where the run found it
-        model, _, _, saved = load_run(config.adapter, device, dtype, moved)
-        name, settings = saved["method"], saved["settings"]
-        if config.builtin:
-            own = ("data", "eval_data", "general_data", "shot_data", "shots", "tasks", "template", "max_length",
-                   "too_long", "skip_bad_rows")
-            config = replace(config, **{key: settings[key] for key in own})
-        elif config.template == "auto":
-            config = replace(config, template=saved.get("template", "auto"))
-        config = replace(config, base=moved or settings["base"])
+        saved = read_run(config.adapter)
+        name, own = saved["method"], saved["settings"]
+        files = ABOUT_FILES if not set(ABOUT_FILES) & set(given) else ()
+        keys = {key for key in ("base", *files, *ABOUT_DATA) if key not in given}
+        if not files:
+            keys -= {"tasks"}
+            own = {**own, "template": saved.get("template", own["template"])}
+        config = replace(config, **{key: own[key] for key in keys})
+    asked = identity(config, None, device, dtype)
+    if config.adapter:
+        asked["adapter"] = digest(Path(config.adapter) / "adapter.safetensors")
+    if open_folder(out, asked, config.overwrite):
+        return show_finished(out)
+    if config.adapter:
+        model, *_ = load_run(config.adapter, device, dtype, config.base)
     else:
         model = Llama.from_pretrained(config.base, device, dtype)
     (suite, tokenizer), start = load_data(config, train=False), time.perf_counter()
     scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
+    results = {"method": name, "base": config.base, "adapter": config.adapter, "eval_split": config.eval_split,
+               **data.summary(suite, scores, scores), "seconds": time.perf_counter() - start,
+               "peak_memory_bytes": peak_memory(model.device)}
+    data.print_table(results)
     clear_folder(out)
-    write_json(out / "config.json", {"settings": asdict(config), **provenance(argv)})
-    results = {"method": name, "base": config.base, "adapter": config.adapter, **summary(config, suite, scores, scores),
-               "seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device)}
-    print_table(results)
     write_json(out / "results.json", results)
+    write_json(out / "config.json", {"method": name, "asked": asked, **provenance(argv)})
     return results
 
 
-RUN_FILES = ("config.json", "adapter.safetensors", "metrics.jsonl", "results.json")
+# ---------------------------------------------------------------------------------------------- run folders
 
 
-def same_search(out, asked):
-    """True where the folder holds nothing but the unfinished search of this same run."""
-    return ((out / "search.json").exists() and not (out / "results.json").exists()
-            and read_json(out / "search.json").get("asked") == asked)
+NOT_ASKED = ("out", "overwrite", "save_every", "log_every")  # another value of these is still the same run
 
 
-def check_folder(out, overwrite, asked=None):
-    """Raises UserError where the folder holds something already, unless it may be replaced or continued."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite and not same_search(out, asked):
-        raise UserError(f"{out} already holds a run: choose another --out, or add --overwrite to replace it")
+def identity(config, method_config, device, dtype):
+    """What makes a run this very run: settings as asked, and the files that decide its numbers, by their SHA-256."""
+    base, source = Path(config.base), [HERE / name for name in ("model.py", "data.py", "train.py", "base/suite.py")]
+    weights = {str(file) for file in tensor_files(base).values()}
+    rows = [] if config.builtin else [*config.data, *config.eval_data, *config.general_data, *config.shot_data]
+    rows = [formats.name_and_file(entry)[1] for entry in rows if entry != "builtin"]
+    source += sorted((HERE / "formats").glob("*.py"))
+    if method_config:
+        source.append(Path(sys.modules[type(method_config).__module__].__file__))
+    hashes = lambda files, above: {str(Path(file).relative_to(above)): digest(file) for file in files}
+    return {"settings": {key: value for key, value in asdict(config).items() if key not in NOT_ASKED},
+            "method_settings": asdict(method_config) if method_config else {},
+            "device": device.type, "dtype": str(dtype).removeprefix("torch."),
+            "base": hashes(sorted([*weights, *map(str, base.glob("*.json"))]), base),
+            "data": {file: digest(file) for file in rows if Path(file).is_file()},
+            "code": hashes(source, HERE)}
 
 
-def clear_folder(out):
-    out.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        (out / name).unlink(missing_ok=True)
-
-
-def checksum(base):
-    """SHA-256 over the weight files of a checkpoint, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(base.glob("*.safetensors")):
-        with open(file, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def provenance(argv):
-    versions = {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}
-    return {"command": shlex.join(["python", *argv]),
-            "versions": {"python": platform.python_version(), **versions}}
-
-
-def peak_memory(device):
-    """Bytes: the allocator's peak on a GPU, else the process's largest resident size (0 where that is unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def print_table(results):
-    """The figures of each task before and after, one column where nothing was trained, and the group means."""
-    trained = "trainable_parameters" in results
-    line = lambda name, kind, *values: f"{name:<23} {kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
-    print("\n" + line("in % but for loss", results["eval_split"], *(("before", "after") if trained else ("score",))))
-    for group, title in (("new", "speciality"), ("general", "versatility")):
-        rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
-        for task, s in rows.items():
-            for i, (name, values) in enumerate(s["figures"].items()):
-                shown = [f"{v:.1f}" if s["score"] != "loss" else f"{v:.4g}" for v in values]
-                print(line("" if i else "  " + task, s["aspect"] if name == "exact match" else name, *shown))
-        before = [s["before"] for s in rows.values() if s["score"] != "loss"]
-        if before:
-            print(line(title, f"mean, {group}", f"{sum(before) / len(before):.1f}", f"{results[title]:.1f}"))
-    if results["uni"] is not None:
-        print(line("Uni", "their sum", "", f"{results['uni']:.1f}"))
-    print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
+def show_finished(out, quiet=False):
+    """The results of a finished run, with their table."""
+    results = read_json(out / "results.json")
+    if not quiet:
+        data.print_table(results)
+        print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
+    return results
 
 
 # Fields that the first build's run folders have and today's settings do not. The method's rate and steps stood in both.
@@ -562,39 +508,56 @@ def revive(cls, saved):
     return cls(**{name: value for name, value in saved.items() if name in known})
 
 
-def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
-    """(model, adapter, method module, config.json as a dict) of a finished run, with the trained tensors in place.
-    base: where its base model lies now; default: where it was.
+def read_run(run_dir):
+    """config.json of a finished run, with "settings" and the settled "method_settings" as complete dicts.
 
-    Raises UserError where the folder holds no finished run, or its base has changed since.
+    Raises UserError where the folder holds no finished run, or settings that these files do not know.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "adapter.safetensors").exists():
         raise UserError(f"{run_dir} holds no adapter.safetensors; expected a run folder such as out/multilora")
     saved = read_json(run_dir / "config.json")
+    if "asked" in saved:
+        saved |= {"settings": saved["asked"]["settings"], "method_settings": saved["settled"]}
+    if saved["method"] not in find_methods():
+        raise UserError(f"{run_dir} is a run of the method {saved['method']!r}, whose file is not here")
+    for key, cls in (("settings", Config), ("method_settings", type(method_of(saved["method"])[1]))):
+        saved[key] = asdict(revive(cls, saved[key]))
+    return saved
+
+
+def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
+    """(model, adapter, method module, what read_run gives) of a finished run, with the trained tensors in place.
+    base: where its base model lies now; default: where it was.
+
+    Raises UserError as read_run does, and where the base's weights have changed since.
+    """
+    saved = read_run(run_dir)
     base = Path(base or saved["settings"]["base"])
     if not base.is_dir():
         raise UserError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
-    if checksum(base) != saved["base_sha256"]:
-        raise UserError(f"{run_dir} was trained on other weights than {base} holds now (base_sha256 differs)")
-    if saved["method"] not in find_methods():
-        raise UserError(f"{run_dir} is a run of the method {saved['method']!r}, whose file is not here")
-    method, defaults = find_methods()[saved["method"]]
-    saved["settings"] = asdict(revive(Config, saved["settings"]))
+    weights = sorted(base.glob("*.safetensors"))
+    if "asked" in saved:
+        same = all(saved["asked"]["base"].get(file.name) == digest(file) for file in weights)
+    else:
+        same = saved["base_sha256"] == digest(*weights)
+    if not same:
+        raise UserError(f"{run_dir} was trained on other weights than {base} holds now (SHA-256 differs)")
+    method, defaults = method_of(saved["method"])
     model = Llama.from_pretrained(base, device, dtype)
-    adapter = start_adapter(model, method, revive(type(defaults), saved["method_settings"]))
-    with open_tensors(run_dir / "adapter.safetensors") as file:
+    adapter = start_adapter(model, method, type(defaults)(**saved["method_settings"]))
+    with open_tensors(Path(run_dir) / "adapter.safetensors") as file:
         adapter.load_tensors({name: file.get_tensor(name) for name in file.keys()})
     return model.eval(), adapter, method, saved
 
 
 def main():
-    argv = sys.argv[1:]
-    config, method_config = parse(argv)
+    argv = ["train.py", *sys.argv[1:]]
+    config, method_config, given = parse(argv[1:])
     if config.eval_only:
-        score_only(config, ["train.py", *argv])
+        score_only(config, given, argv)
     else:
-        run(config, method_config, ["train.py", *argv])
+        run(config, method_config, argv)
 
 
 if __name__ == "__main__":

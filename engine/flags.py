@@ -6,6 +6,7 @@ Each field of a settings dataclass is a flag: `rank: Annotated[int, "rank of eac
 
 import argparse
 import difflib
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -31,8 +32,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def parse_args(self, argv=None):
-        args, unknown = self.parse_known_intermixed_args(argv)
+    def parse_args(self, argv=None, namespace=None):
+        args, unknown = self.parse_known_intermixed_args(argv, namespace)
         if unknown:
             flags = sorted(option for option in self._option_string_actions if option.startswith("--"))
             near = difflib.get_close_matches(unknown[0], flags, 1)
@@ -88,14 +89,27 @@ def check(settings):
             raise UserError(f"{flag(name)} is {value}, expected {least}{most}")
 
 
+class Stopped(KeyboardInterrupt):
+    """Stopped by a signal; the text says how far the program came and how to go on."""
+
+    def __init__(self, number, text="stopped"):
+        super().__init__(text)
+        self.number = number
+
+
 def command_line(main):
-    """Runs a program. A UserError, or an error of the operating system, is one line and exit code 2; anything else is
-    a bug and keeps its traceback."""
+    """Runs a program. A UserError, or an error of the operating system, is one line and exit code 2; SIGINT and SIGTERM
+    are one line and exit codes 130 and 143; anything else is a bug and keeps its traceback."""
+    def stop(number, frame):
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
         print(f"{program()}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print(f"{program()}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)

@@ -22,6 +22,12 @@ def task_name(file):
     return Path(file).resolve().parent.name if re.match(rf"({split})\b", stem.replace("_", "-")) else stem
 
 
+def name_and_file(entry):
+    """(task name, file) of FILE or NAME=FILE."""
+    name, _, file = entry.partition("=") if "=" in entry and not Path(entry).exists() else ("", "", entry)
+    return name or task_name(file), file
+
+
 def read_files(files, skip_bad=False):
     """{task: (format name, [Example])} of files given as FILE or NAME=FILE; says what was recognised.
 
@@ -29,8 +35,7 @@ def read_files(files, skip_bad=False):
     """
     tasks = {}
     for entry in files:
-        name, _, file = entry.partition("=") if "=" in entry and not Path(entry).exists() else ("", "", entry)
-        name, rows, bad = name or task_name(file), [], []
+        (name, file), rows, bad = name_and_file(entry), [], []
         records = list(read_records(file))
         bad += [(line, error) for line, _, error in records if error]
         bad += [(line, "no object with named fields") for line, r, error in records
@@ -73,16 +78,16 @@ def with_shots(row, shots):
 
 
 def hold_out(rows, place):
-    """(the rows that are left, every 20th row from this place on; at least the last one)"""
-    out = set(range(place, len(rows), 20)) or {len(rows) - 1}
+    """(the rows that are left, every 20th row from this place on; at least the last one of several)"""
+    out = set(range(place, len(rows), 20)) or ({len(rows) - 1} if len(rows) > 1 else set())
     return [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in sorted(out)]
 
 
 def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="test", limit=0, template="plain",
          mix="proportional", skip_bad=False):
-    """Suite of user files. Without eval_files every 20th row is held out as test data; validation data, for choosing,
-    is another 20th of the training rows, left out of training only then. General files are scored, never trained on:
-    their even rows are validation data and their odd rows test data.
+    """Suite of user files. Without eval_files every 20th row is held out as test data; every 20th of the others is
+    validation data, for choosing. Neither is ever trained on, whatever the split. General files are only scored: their
+    even rows are validation data and their odd rows test data.
 
     mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
     """
@@ -98,9 +103,10 @@ def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="
             left, tests[name] = hold_out(left, 19)
             print(f"{name}: every 20th row ({len(tests[name])} of {len(rows[name][1]):,}) is held out and never "
                   "trained on; --eval-data names other data")
-        if split == "validation" and left:
-            left, tests[name] = hold_out(left, 9)
-        if not left:
+        left, validation = hold_out(left, 9)
+        if split == "validation":
+            tests[name] = validation
+        if not left or not tests.get(name, True):
             raise UserError(f"task {name!r} has too few rows ({len(rows[name][1])}) to hold some out; "
                              "give --eval-data")
         train[name], kinds[name] = [apply(row) for row in left], kind

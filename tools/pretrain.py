@@ -12,8 +12,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from base import suite as builtin
 from data import Tokenizer, encode_suite
 from engine.flags import Parser, add_flags, check, command_line, program
+from engine.folder import provenance
 from model import Adapter, Llama, LlamaConfig, UserError, write_json
-from train import Config, learn, place, provenance
+from train import Config, learn, place
 
 FLAGS = ("steps", "batch_size", "lr", "weight_decay", "seed", "device", "dtype", "eval_limit", "out", "overwrite")
 DEFAULTS = Config(steps=3600, batch_size=96, lr=2e-3, weight_decay=0.1, out="base")

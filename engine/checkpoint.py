@@ -1,0 +1,73 @@
+"""How far a run has come.
+
+A checkpoint is one safetensors file with JSON in its header, so one rename makes it valid as a whole. It holds what
+cannot be made again: the adapter's tensors, the optimiser's, the step, the losses not yet logged, the scores before
+training, and seconds and tokens so far. It needs no random state, since the random numbers of a step come from
+(seed, step), and no position in the data, since the order is drawn again.
+"""
+
+import json
+import signal
+import threading
+from contextlib import contextmanager
+
+from safetensors.torch import save_file
+
+from engine.flags import Stopped
+from model import open_tensors, written
+
+
+class Checkpoint:
+    def __init__(self, path):
+        self.path = path
+        self.facts = {}  # what the last save said
+        if path.exists():
+            with open_tensors(path) as file:
+                self.facts = json.loads(file.metadata()["facts"])
+
+    def save(self, adapter, optimizer, **facts):
+        """facts are added to those of the last save; each is a JSON value."""
+        self.facts |= facts
+        tensors = {f"adapter.{name}": tensor for name, tensor in adapter.tensors().items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in state.items()}
+        save_tensors(self.path, tensors, {"facts": json.dumps(self.facts)})
+
+    def load(self, adapter, optimizer):
+        """Puts the adapter and the optimiser where the last save found them."""
+        state = {}
+        with open_tensors(self.path) as file:
+            kept = {name: file.get_tensor(name) for name in file.keys()}
+        for name in [name for name in kept if name.startswith("optimizer.")]:
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = kept.pop(name)
+        adapter.load_tensors({name.removeprefix("adapter."): tensor for name, tensor in kept.items()})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def save_tensors(path, tensors, metadata=None):
+    """{name: tensor} as a safetensors file, which takes its place when it is whole."""
+    with written(path) as part:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt", **(metadata or {})})
+
+
+@contextmanager
+def signals_kept():
+    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that a training step is never
+    cut in two; a second one stops at once."""
+    caught = []
+
+    def keep(number, frame):
+        if caught:
+            raise Stopped(number)
+        caught.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can Python handle signals
+        yield caught
+        return
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
