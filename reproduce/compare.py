@@ -3,11 +3,12 @@
     python -m reproduce.compare --seeds 5                    # every method at its best learning rate
     python -m reproduce.compare --claim multilora            # or csreft, or cofitune
     python -m reproduce.compare --tune                       # how the rates were chosen
+    python -m reproduce.compare --controls                   # CoFiTune's controls at one rate, seeds 0 to 2
 
-Each run is a `train.py` run, in a process and a folder of its own below --out. A finished run is never made again, so a
-command may be interrupted and started again; after a change of the code give another --out. compare.json and
-compare.csv in --out hold all figures. Learning rates come from there once --tune has run, else from
-`reproduce/results/compare.json`, which is what the README shows.
+Each run is a `train.py` command in a folder of its own below --out, so whatever is interrupted goes on with the same
+command. Runs that were finished by other code are taken as they are, and that is said. compare.json and compare.csv in
+--out hold all figures. Learning rates come from there once --tune has run, else from `reproduce/results/compare.json`,
+which is what `reproduce/README.md` shows.
 
 Everything is chosen here on seed 0 and validation data. Claims are judged on test data and on seeds that nothing was
 chosen with, by a one-sided exact sign test over the seeds: a claim *holds* where p < 0.05, *does not hold* where
@@ -22,25 +23,23 @@ import math
 import multiprocessing
 import os
 import shlex
-import signal
 import statistics
 import sys
 import threading
-import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-import data
 import multilora
 import train
 from base import suite as builtin
 from engine.flags import Parser, command_line
-from model import LINEARS, Llama, UserError, read_json, write_json
+from engine.folder import difference, provenance
+from model import LINEARS, Llama, UserError, read_json, write_json, written
+from reproduce import wise
 from reproduce.gates import gates_by_task
 from reproduce.spectra import changes, similarity
 
@@ -90,9 +89,18 @@ FRONT = {"sft": ("--method sft", (1e-4, 2e-4, 4e-4, 1e-3, 2e-3)),
          "cofitune": (PART, (1e-3, 2e-3, 4e-3))}
 REFINED = ("sft", "coarse", "cofitune")
 WISE_FROM = (4e-4, 1e-3, 2e-3)  # rates of the SFT runs that Wise-FT starts from
-WISE_WEIGHTS = tuple(w / 10 for w in range(1, 10))  # share of the fine-tuned weights; 0 is the base, 1 is SFT
 ENOUGH = 2.0  # points of speciality below SFT's that still count as "about equal"
 SPECTRUM = 12  # the singular values looked at in each update: the total rank of MultiLoRA and LoRA
+
+# CoFiTune's controls, at the smallest rate tried at which it is within two points of SFT on validation data.
+RATE = "--lr 2e-3"
+CONTROLS = {"sft": f"--method sft {RATE}", "cofitune": f"{PART} {RATE}", "no-mask": f"{PART} {RATE} --mask-on none",
+            "mask-on-gradient": f"{PART} {RATE} --mask-on grad", "random-mask": f"{PART} {RATE} --mask-source random",
+            "smaller-rate": f"{PART} --lr 9.9e-4 --mask-on none",  # times mean(1 - I)
+            "sft-at-4e-4": "--method sft --lr 4e-4", "sft-at-2e-4": "--method sft --lr 2e-4",
+            "sft-at-1e-4": "--method sft --lr 1e-4", "cofitune-at-4e-4": f"{PART} --lr 4e-4",
+            "sft-l2": f"--method sft {RATE} --l2-to-base 1e-2", "sft-replay": f"--method sft {RATE} --replay 0.1"}
+CONTROLLED = "--tasks currency,tool --steps 1200 --batch-size 24"
 
 # Protocols tried for a claim, the judged one last. The earlier ones were looked at on validation data, or on the test
 # data of seeds 0 to 2 (README's tables of single runs, `reproduce/controls.sh`).
@@ -110,166 +118,101 @@ TRIED["multilora-hard"] = [*TRIED["multilora"], "twelve tasks, total rank 12, 80
 
 @dataclass(frozen=True)
 class Run:
-    """One row of a table at one seed; kind names the function that makes it."""
+    """One row of a table at one seed: a command of train.py, or Wise-FT's scores of such a run."""
 
     name: str
     flags: str
     seed: int
     split: str = "test"
-    kind: str = "whole"
+    wise: bool = False
 
     @property
     def folder(self):
-        return f"{self.name}{'' if self.kind == 'whole' else '-' + self.kind}-{self.split}-{self.seed}"
+        return f"{self.name}-{self.split}-{self.seed}"
 
     @property
     def argv(self):
         return [*shlex.split(self.flags), "--seed", str(self.seed), "--eval-split", self.split]
 
-    def settings(self):
-        """(train.Config, the method's Config)"""
-        return train.parse(self.argv)
+    def command(self, out):
+        return (["reproduce.wise", str(out / self.folder)] if self.wise else
+                ["train.py", *self.argv, "--out", str(out / self.folder)])
+
+    def file(self, out):
+        return out / self.folder / ("wise.json" if self.wise else "results.json")
 
     @cached_property
     def identity(self):
-        """What must be equal for a run in the folder to be this one."""
-        config, method_config = self.settings()
-        return {"settings": asdict(config), "method_settings": asdict(method_config), "kind": self.kind,
-                "base_sha256": train.checksum(Path(config.base)), "place": [str(x) for x in train.place(config)],
-                "weights": list(WISE_WEIGHTS) if self.kind == "wise" else None}
+        config, method_config, _ = train.parse(self.argv)
+        return train.identity(config, method_config, *train.place(config))
+
+    def results(self, out):
+        """(what it left, None where it is not finished; whether other code made it). UserError for another run."""
+        if not self.file(out).exists():
+            return None, False
+        saved = read_json(out / self.folder / "config.json").get("asked", {})
+        if other := difference({**saved, "code": {}}, {**self.identity, "code": {}}):
+            raise UserError(f"{out / self.folder} holds another run: {other}; remove it, or give another --out")
+        return read_json(self.file(out)), saved["code"] != self.identity["code"]
 
 
 def at(flags, lr):
     return f"{flags} --lr {lr:g}"
 
 
-def finished(run, out):
-    """The results of a run, None where it is not there yet. Raises UserError where its folder holds another run."""
-    folder = out / run.folder
-    if (folder / "run.json").exists() and read_json(folder / "run.json") != run.identity:
-        raise UserError(f"{folder} holds a run with other settings: remove the folder, or give another --out")
-    return read_json(folder / "results.json") if (folder / "results.json").exists() else None
-
-
-def execute(run, out, threads):
-    """One run in a process of its own; what it prints goes to log.txt in its folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its children
+def execute(command, log, threads):
+    """A program's command in this process, which ends with its parent; what it prints goes to a file."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    folder = out / run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", run.identity)
-    with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        try:
-            KINDS[run.kind](run, folder)
-        except Exception:
-            traceback.print_exc(file=log)
-            sys.exit(1)
-
-
-def whole(run, folder):
-    config, method_config = run.settings()
-    train.run(replace(config, out=str(folder), overwrite=True), method_config, ["train.py", *run.argv])
-
-
-def alone(run, folder):
-    """Each new task trained on its own, on as many examples of it as the run on all tasks sees. Scored tasks are kept
-    at once."""
-    config, method_config = run.settings()
-    tasks = list(builtin.NEW)
-    done = read_json(folder / "alone.json") if (folder / "alone.json").exists() else {}
-    for task in tasks:
-        if task in done:
-            continue
-        start = time.perf_counter()
-        one = replace(config, tasks=task, steps=round(config.steps / len(tasks)), out=str(folder), overwrite=True)
-        suite, tokenizer = train.load_data(one)
-        model, adapter = train.open_job(one, method_config).start(method_config)
-        train.train(model, adapter, suite.train, one, tokenizer.pad_id)
-        figures = data.evaluate(model, replace(suite, tests={task: suite.tests[task]}), tokenizer, one.batch_size)
-        done[task] = [figures[task]["exact match"], time.perf_counter() - start]
-        write_json(folder / "alone.json", done)
-    write_json(folder / "results.json", {"alone": {task: score for task, (score, _) in done.items()},
-                                         "seconds": sum(seconds for _, seconds in done.values())})
-
-
-def wise(run, folder):
-    """Wise-FT (Wortsman et al., arXiv 2109.01903): θ_base + w (θ_sft - θ_base), every w scored from one SFT run."""
-    start, (config, _) = time.perf_counter(), run.settings()
-    model, adapter, _, _ = train.load_run(folder.parent / replace(run, kind="whole").folder)
-    tuned = {name: p.detach().clone() for name, p in adapter.trained.items()}
-    base = Llama.from_pretrained(config.base).state_dict()
-    suite, tokenizer = train.load_data(config, train=False)
-    points = []
-    for weight in WISE_WEIGHTS:
-        with torch.no_grad():
-            for name, p in adapter.trained.items():
-                p.copy_(torch.lerp(base[name], tuned[name], weight))
-        speciality, versatility = suite.means(data.evaluate(model, suite, tokenizer, config.batch_size))
-        points.append({"weight": weight, "speciality": speciality, "versatility": versatility})
-        print(points[-1], flush=True)
-    write_json(folder / "results.json", {"points": points, "seconds": time.perf_counter() - start})
-
-
-KINDS = {"whole": whole, "alone": alone, "wise": wise}
+    with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        sys.argv = command
+        command_line({"train.py": train.main, "reproduce.wise": wise.main}[command[0]])
 
 
 def work(runs, args, title, may_fail=False):
-    """{run: results}: makes what is missing, `--jobs` runs at a time; prints the budget, then a line for each run.
+    """{run: results}: makes finished what is not, `--jobs` runs at a time, and prints a line for each.
 
     A run that ends with an error does not stop the others. Then: UserError, or with may_fail (a learning rate that
     may turn out too high) a note, and no results for it."""
-    results = {run: finished(run, args.out) for run in runs}
-    left = [run for run in runs if results[run] is None]
-    guess = {run: expected_seconds(run, args) for run in left}
+    found = {run: run.results(args.out) for run in runs}
+    results, left = {run: r for run, (r, _) in found.items()}, [run for run, (r, _) in found.items() if r is None]
+    if other := sum(code for _, code in found.values()):
+        print(f"{title}: {other} finished runs were made by other code than today's, and are taken as they are")
     if left:
-        print(f"{title}: {len(left)} of {len(runs)} runs to make, about {sum(guess.values()) / args.jobs / 60:.0f} "
-              f"minutes, {args.jobs} at a time with {args.threads} threads each", flush=True)
-    spawn, lock = multiprocessing.get_context("spawn"), threading.Lock()
-    workers, guessed, took, failed = [], [], [], {}
+        print(f"{title}: {len(left)} of {len(runs)} runs to make, {args.jobs} at a time with {args.threads} threads "
+              "each", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    spawn, lock, workers, took, failed = multiprocessing.get_context("spawn"), threading.Lock(), [], [], {}
 
     def one(run):
-        process = spawn.Process(target=execute, args=(run, args.out, args.threads), daemon=True)
+        log = args.out / f"{run.folder}{'-wise' * run.wise}.log"
+        process = spawn.Process(target=execute, args=(run.command(args.out), log, args.threads), daemon=True)
         workers.append(process)
         process.start()
         process.join()
         if process.exitcode:
-            failed[run] = f"{args.out / run.folder} ended with code {process.exitcode}; its log.txt says why"
+            failed[run] = f"{args.out / run.folder} ended with code {process.exitcode}; {log} says why"
             print(f"  {failed[run]}", flush=True)
             return
         with lock:
-            results[run] = finished(run, args.out)
-            guessed.append(guess.pop(run))
+            results[run], _ = run.results(args.out)
             took.append(results[run]["seconds"])
-            ahead = sum(guess.values()) * sum(took) / sum(guessed) / args.jobs
-            print(f"  {run.folder:<42}{figures_of(results[run])}  {results[run]['seconds']:>4.0f} s   "
-                  f"{len(guess)} left, ETA {train.clock(ahead)}", flush=True)
+            rest = len(left) - len(took) - len(failed)
+            print(f"  {run.folder:<42}{figures_of(results[run])}  {took[-1]:>4.0f} s   {rest} left, ETA "
+                  f"{train.clock(statistics.median(took) * rest / args.jobs)}", flush=True)
 
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     pool = ThreadPoolExecutor(args.jobs)
     try:
         list(pool.map(one, left))
-    finally:
+    finally:  # a signal: the runs keep a checkpoint after the step in hand
         pool.shutdown(wait=False, cancel_futures=True)
         for process in workers:
             if process.is_alive():
                 process.terminate()
     if failed and not may_fail:
         raise UserError(next(iter(failed.values())))
-    return {run: found for run, found in results.items() if found is not None}
-
-
-def expected_seconds(run, args):
-    """What this row took when it was last measured, else a guess."""
-    for file in (args.out / "compare.json", STORED):
-        known = read_json(file).get("seconds", {}) if file.exists() else {}
-        if kind_of(run) in known:
-            return known[kind_of(run)]
-    return 130.0 * run.settings()[0].steps / 800
-
-
-def kind_of(run):
-    return f"{run.name} {run.kind} {run.settings()[0].steps}"
+    return {run: kept for run, kept in results.items() if kept is not None}
 
 
 def figures_of(results):
@@ -363,56 +306,24 @@ def load(args):
     return read_json(file) if file.exists() else {}
 
 
-def store(args, section, value, runs=()):
-    """Puts a section into compare.json in --out and remembers how long its runs took."""
+def store(args, section, value):
+    """Puts a section into compare.json in --out."""
     everything = load(args)
     everything[section] = value
-    seconds = everything.setdefault("seconds", {})
-    for run, results in dict(runs).items():
-        seconds[kind_of(run)] = round(results["seconds"], 1)
     everything["machine"] = {"cpu_cores": os.cpu_count(), "jobs": args.jobs, "threads": args.threads,
-                             **train.provenance([])["versions"]}
-    args.out.mkdir(parents=True, exist_ok=True)
+                             **provenance([])["versions"]}
     write_json(args.out / "compare.json", everything)
-    rows = [("section", "row", "seed", "figure", "value"), *flat(everything)]
-    with open(args.out / "compare.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    with written(args.out / "compare.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(leaves(everything))
 
 
-def flat(everything):
-    """Every figure of every run as a row of compare.csv."""
-    for section, key in (("tune", "grid"), ("cofitune", "front")):
-        for name, points in everything.get(section, {}).get(key, {}).items():
-            for point in points:
-                row = f"{name}@{point['lr']:g}" + (f" weight {point['weight']:g}" if "weight" in point else "")
-                for figure in ("speciality", "versatility"):
-                    yield f"{section}, validation", row, CHOSEN_WITH, figure, point[figure]
-    for section in [key for key in everything if key.startswith(("compare", "quick"))]:
-        for name, row in everything.get(section, {}).get("rows", {}).items():
-            for seed, results in row["seeds"].items():
-                scores = {key: value for key, value in results.items() if key != "tasks"}
-                for figure, value in {**scores, **results["tasks"]}.items():
-                    yield section, name, seed, figure, value
-    for section in [key for key in everything if key.startswith(tuple(CLAIMS))]:
-        part = everything[section]
-        for claim in part["claims"]:
-            for seed, ours, theirs in zip(claim["seeds"], claim["ours"], claim["theirs"]):
-                yield section, claim["statement"], seed, "ours", ours
-                yield section, claim["statement"], seed, "theirs", theirs
-        for table in ("spectra", "interference", "gates", "scores"):
-            for name, rows in part.get(table, {}).items():
-                for seed, row in zip(part["claims"][0]["seeds"], rows):
-                    for figure, value in leaves(row):
-                        yield section, name, seed, figure, value
-
-
-def leaves(value, name=""):
-    """(name, number) of every number in nested dicts and lists."""
+def leaves(value, *path):
+    """A row (names on the way..., value) of every figure in nested dicts and lists."""
     if isinstance(value, (dict, list)):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(part, f"{name} {key}".strip())
+            yield from leaves(part, *path, key)
     else:
-        yield name, value
+        yield *path, value
 
 
 def rates(args):
@@ -474,8 +385,7 @@ def tune(args):
                                       f"{p['versatility']:>5.1f}" for p in row))
         if best[name] in (row[0]["lr"], row[-1]["lr"]):
             print(f"note: the best rate of {name} is at the edge of its grid")
-    store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table, "best": best},
-          results)
+    store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table, "best": best})
 
 
 # ---------------------------------------------------------------------------------------------- the comparison
@@ -532,7 +442,7 @@ def compare(args):
                 rows[name] = row
     rows = {name: rows[name] for name in METHODS if name in rows}
     show(rows)
-    store(args, section, {"protocol": protocol, "rows": rows}, results)
+    store(args, section, {"protocol": protocol, "rows": rows})
 
 
 # ---------------------------------------------------------------------------------------------- the claims
@@ -575,7 +485,13 @@ def claim_multilora(args):
     sizes = {name: results[runs[name, seeds[0]]]["trainable_parameters"] for name in names}
     show_claims(section, claims)
     store(args, section, {"protocol": ALL + SUITES[args.suite], "tried": TRIED[section], "claims": claims,
-                          "accuracy": accuracy, "spectra": spectra, "trainable_parameters": sizes}, results)
+                          "accuracy": accuracy, "spectra": spectra, "trainable_parameters": sizes})
+
+
+def alone(run, task):
+    """The Run on one task alone, with as many examples of it as the run on all tasks sees."""
+    steps = round(train.parse(run.argv)[0].steps / len(builtin.NEW))
+    return replace(run, name=f"{run.name}-alone-{task}", flags=f"{run.flags} --tasks {task} --steps {steps}")
 
 
 def claim_csreft(args):
@@ -583,10 +499,12 @@ def claim_csreft(args):
     names = {"csreft": METHODS["csreft"], "loreft": METHODS["loreft"], "lora": METHODS["lora"]}
     seeds = seeds_of(args)
     runs = whole_runs(args, {**names, "csreft-first-token": FIRST_TOKEN}, ALL)
-    by_itself = {(name, seed): replace(runs[name, seed], kind="alone") for name in names for seed in seeds}
+    by_itself = {(name, seed, task): alone(runs[name, seed], task)
+                 for name in names for seed in seeds for task in builtin.NEW}
     results = work([*runs.values(), *by_itself.values()], args, "CS-ReFT's claim")
+    after = lambda run, task: results[run]["tasks"][task]["after"]
     interference = {name: [{
-        task: [results[by_itself[name, seed]]["alone"][task], results[runs[name, seed]]["tasks"][task]["after"]]
+        task: [after(by_itself[name, seed, task], task), after(runs[name, seed], task)]
         for task in builtin.NEW} for seed in seeds] for name in names}
     lost = {name: [statistics.mean(a - b for a, b in row.values()) for row in rows]
             for name, rows in interference.items()}
@@ -609,16 +527,16 @@ def claim_csreft(args):
               accuracy["csreft"], accuracy["csreft-first-token"])]
     show_claims("csreft", claims)
     store(args, "csreft", {"protocol": ALL, "tried": TRIED["csreft"], "claims": claims, "accuracy": accuracy,
-                           "interference": interference, "gates": opened}, results)
+                           "interference": interference, "gates": opened})
 
 
 def front(args):
     """{row: [{"lr", "weight" for Wise-FT, "speciality", "versatility"}]} on validation data, one seed, by rate."""
     run_at = lambda name, lr: Run(f"facts-{name}@{lr:g}", f"{at(FRONT[name][0], lr)} {FACTS}", CHOSEN_WITH,
                                   "validation")
-    asked, made = {(name, lr): run_at(name, lr) for name, (_, lrs) in FRONT.items() for lr in lrs}, {}
+    asked = {(name, lr): run_at(name, lr) for name, (_, lrs) in FRONT.items() for lr in lrs}
     for again in range(3):
-        made |= work(list(asked.values()), args, "the front" if not again else "the front, refined", may_fail=True)
+        made = work(list(asked.values()), args, "the front" if not again else "the front, refined", may_fail=True)
         points = {name: sorted((as_point(made[run], lr=lr) for (row, lr), run in asked.items()
                                 if row == name and run in made), key=lambda p: p["lr"]) for name in FRONT}
         for name in REFINED:
@@ -627,10 +545,10 @@ def front(args):
             if again < 2 and enough:
                 lr = float(f"{math.sqrt(enough[0] * below[-1]) if below else enough[0] / 2:.1e}")
                 asked[name, lr] = run_at(name, lr)
-    mixed = {lr: replace(asked["sft", lr], kind="wise") for lr in WISE_FROM}
-    made |= work(list(mixed.values()), args, "Wise-FT")
+    mixed = {lr: replace(asked["sft", lr], wise=True) for lr in WISE_FROM}
+    made = work(list(mixed.values()), args, "Wise-FT")
     points["wise-ft"] = [{"lr": lr, **p} for lr, run in mixed.items() for p in made[run]["points"]]
-    return points, made
+    return points
 
 
 def best_speciality(points):
@@ -639,9 +557,7 @@ def best_speciality(points):
 
 def claim_cofitune(args):
     """Versatility at about equal speciality, at one rate for both and each at its best; what the mask itself does."""
-    first = sum(len(lrs) for _, lrs in FRONT.values()) + 2 * len(REFINED) + len(WISE_FROM)
-    print(f"at most {first} runs with seed {CHOSEN_WITH} to choose rates, then at most {7 * args.seeds} to judge with")
-    points, made = front(args)
+    points = front(args)
     # Best: most versatility among the rates within two points of SFT's best speciality.
     best = {name: about_equal(points[name], best_speciality(points["sft"]), ENOUGH) for name in points}
     print("\nbest of each row on validation data:")
@@ -661,7 +577,7 @@ def claim_cofitune(args):
     results = work(list(dict.fromkeys(runs.values())), args, "CoFiTune's claim")
     scores = {name: [as_point(results[runs[name, seed]]) for seed in seeds] for name in flags if name != "wise-source"}
     if best["wise-ft"]:
-        mixed = {seed: replace(runs["wise-source", seed], kind="wise") for seed in seeds}
+        mixed = {seed: replace(runs["wise-source", seed], wise=True) for seed in seeds}
         results |= work(list(mixed.values()), args, "Wise-FT")
         scores["wise-ft"] = [as_point(next(p for p in results[mixed[seed]]["points"]
                                            if p["weight"] == best["wise-ft"]["weight"])) for seed in seeds]
@@ -677,7 +593,21 @@ def claim_cofitune(args):
                      "random-mask")]
     show_claims("cofitune", claims)
     store(args, "cofitune", {"protocol": FACTS, "tried": TRIED["cofitune"], "claims": claims, "front": points,
-                             "best": best, "scores": scores, "flags": flags}, made | results)
+                             "best": best, "scores": scores, "flags": flags})
+
+
+def controls(args):
+    """CoFiTune's controls: every setting at seeds 0, 1 and 2, as a table of Markdown."""
+    runs = {(name, seed): Run(f"controls-{name}", f"{flags} {CONTROLLED}", seed)
+            for seed in range(3) for name, flags in CONTROLS.items()}
+    results = work(list(runs.values()), args, "controls")
+    print("\n| run | speciality | versatility | Uni | seeds |\n|---|---|---|---|---|")
+    scores = {name: [as_point(results[runs[name, seed]]) for seed in range(3)] for name in CONTROLS}
+    for name, seeds in scores.items():
+        mean = [statistics.mean(s[key] for s in seeds) for key in ("speciality", "versatility")]
+        every = ", ".join("{speciality:.1f} / {versatility:.1f}".format(**s) for s in seeds)
+        print(f"| {name} | {mean[0]:.1f} | {mean[1]:.1f} | {sum(mean):.1f} | {every} |")
+    store(args, "controls", {"protocol": CONTROLLED, "flags": CONTROLS, "scores": scores})
 
 
 CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": claim_cofitune}
@@ -690,6 +620,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="150 steps, 50 examples of each task: a look")
     parser.add_argument("--tune", action="store_true", help="choose the learning rates instead")
     parser.add_argument("--claim", choices=CLAIMS, help="judge a paper's claim instead")
+    parser.add_argument("--controls", action="store_true", help="CoFiTune's controls instead")
     parser.add_argument("--suite", choices=SUITES, default="default", help="hard: twelve new tasks instead of six")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of all runs (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time (%(default)s)")
@@ -697,17 +628,15 @@ def main():
     args = parser.parse_args()
     if wrong := [name for name in args.methods if name not in METHODS]:
         parser.error(f"unknown method {wrong[0]!r}; valid: {', '.join(METHODS)}")
-    if args.tune + bool(args.claim) + bool(args.methods or args.quick) > 1:
-        parser.error("give one of --tune, --claim NAME, and methods or --quick")
+    if args.tune + args.controls + bool(args.claim) + bool(args.methods or args.quick) > 1:
+        parser.error("give one of --tune, --controls, --claim NAME, and methods or --quick")
     if args.suite != "default" and args.claim != "multilora":
         parser.error(f"--suite {args.suite} goes with --claim multilora")
     if not (5 if args.claim else 1) <= args.seeds <= len(SEEDS):
         parser.error(f"--seeds is {args.seeds}, expected from {5 if args.claim else 1} to {len(SEEDS)}")
     if min(args.jobs, args.threads) < 1:
         parser.error("--jobs and --threads must be at least 1")
-    args.out = args.out.resolve()
-    os.chdir(HERE.parent)  # `base` and `out` are there
-    tune(args) if args.tune else CLAIMS[args.claim](args) if args.claim else compare(args)
+    (tune if args.tune else controls if args.controls else CLAIMS[args.claim] if args.claim else compare)(args)
     print(f"\n{args.out / 'compare.json'}")
 
 

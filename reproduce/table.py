@@ -1,16 +1,14 @@
-"""The tables of `reproduce/README.md`, as Markdown.
+"""Rewrites the tables between the marks of `reproduce/README.md` from `results/compare.json`.
 
-    python -m reproduce.table --readme          # rewrites those between its marks from results/compare.json
-    python -m reproduce.table out/controls      # prints runs in folders NAME-SEED: the mean over seeds, and every seed
+    python -m reproduce.table
 """
 
 import re
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
 from engine.flags import Parser, command_line
-from model import UserError, read_json
+from model import UserError, read_json, written
 
 HERE = Path(__file__).resolve().parent
 STORED, README = HERE / "results" / "compare.json", HERE / "README.md"
@@ -141,44 +139,15 @@ def rewritten(text, everything):
     return MARK.sub(lambda m: m[1] + "\n" + TABLES[m[2]](everything) + "\n\n" + m[3], text)
 
 
-# ---------------------------------------------------------------------------------------------- the controls
-
-
-def runs_of(folder):
-    """{name: [(seed, speciality, versatility)]} of the runs below a folder, in the order they were made."""
-    found = defaultdict(list)
-    for file in sorted(Path(folder).glob("*/results.json"), key=lambda file: file.stat().st_mtime):
-        results = read_json(file)
-        name = file.parent.name.rsplit("-", 1)[0]
-        found[name].append((results["seed"], results["speciality"], results["versatility"]))
-    return found
-
-
-def controls(folder):
-    rows = []
-    for name, runs in runs_of(folder).items():
-        mean = [sum(column) / len(runs) for column in list(zip(*runs))[1:]]
-        seeds = ", ".join(f"{s:.1f} / {v:.1f}" for _, s, v in sorted(runs))
-        rows.append([name, f"{mean[0]:.1f}", f"{mean[1]:.1f}", f"{sum(mean):.1f}", seeds])
-    return markdown(["run", "speciality", "versatility", "Uni", "seeds"], rows)
-
-
 def main():
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", help="finished runs NAME-SEED, such as out/controls, to print")
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables of reproduce/README.md instead")
-    args = parser.parse_args()
-    if args.readme:
-        everything = read_json(STORED)
-        try:
-            text = rewritten(README.read_text(encoding="utf-8"), everything)
-        except KeyError as error:
-            raise UserError(f"{STORED} has no {error}; README is as it was") from None
-        README.write_text(text, encoding="utf-8")
-    elif args.folder and runs_of(args.folder):
-        print(controls(args.folder))
-    else:
-        raise UserError("give --readme, or a folder that holds finished runs NAME-SEED, such as out/controls")
+    Parser(description=__doc__.split("\n\n")[0]).parse_args()
+    everything = read_json(STORED)
+    try:
+        text = rewritten(README.read_text(encoding="utf-8"), everything)
+    except KeyError as error:
+        raise UserError(f"{STORED} has no {error}; {README.name} is as it was") from None
+    with written(README) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
