@@ -27,7 +27,7 @@ import formats
 from base import suite as builtin
 from engine.checkpoint import Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
-from engine.folder import clear_folder, digest, open_folder, peak_memory, provenance
+from engine.folder import clear_folder, clear_parts, digest, open_folder, peak_memory, provenance
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
 from model import write_json, written
 
@@ -347,6 +347,7 @@ def run(config, method_config=None, argv=(), trial=None):
         (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
         return show_finished(out, quiet=trial is not None)
     suite, tokenizer = trial or load_data(config)
+    clear_parts(out)
 
     def begin(**more):
         """Writes config.json, once before the first trial and again when all is settled."""

@@ -40,9 +40,16 @@ def open_folder(out, asked, overwrite):
 def clear_folder(out):
     """Makes the folder, and removes what an earlier run left in it."""
     out.mkdir(parents=True, exist_ok=True)
-    for file in [*(out / name for name in RUN_FILES), *out.glob("*.part")]:
-        file.unlink(missing_ok=True)
+    clear_parts(out)
+    for name in RUN_FILES:
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "search", ignore_errors=True)
+
+
+def clear_parts(out):
+    """Removes files that a killed process had not finished writing."""
+    for file in out.glob("*.part"):
+        file.unlink(missing_ok=True)
 
 
 def digest(*files):
