@@ -2,7 +2,8 @@
 
 Coarse: a tree search over layer ranges and modules, each node a short fine-tune, scored on validation data by
 
-    Uni = speciality + versatility          accuracy on the new tasks + accuracy on the general ones
+    S, V = accuracy on the new tasks, on the general ones        speciality, versatility
+    H    = 2 S V / (S + V)                                       the paper's is Uni = S + V
 
     level 1   0%-50%, 25%-75%, 50%-100% of the layers, each with attention (MHA) and with the MLP (FFN)
     level 2   the quarters inside the winner
@@ -23,6 +24,10 @@ weight and for its bias. Because of |.|, the *least* important units are held ba
 
 Source: Zhang et al., "Balancing Speciality and Versatility: a Coarse to Fine Framework for Supervised Fine-tuning Large
 Language Models", arXiv 2404.10306; the importance is that of Ke et al., arXiv 2302.03241. Where we depart from it:
+- Where the untouched base scores high, a sum is highest for the node that learns nothing: V alone is 98 here. The
+  harmonic mean H wants both. Uni is printed beside it.
+- Each node is scored at θ_0 + a (θ - θ_0) for several shares a and counts by the best one, so that regions are compared
+  and not the lengths of their steps.
 - Adam divides a gradient by its own size, so a constant factor on the gradient nearly cancels. `--mask-on update`, our
   default, scales the step itself (weight decay included); `--mask-on grad` is the published form.
 - The released code sums signed gradients, takes the absolute value after tanh, never clears the mask's gradient
@@ -36,6 +41,7 @@ Full supervised fine-tuning is the special case of everything trainable and no m
 Read in this order: equation (above), Config, the module (search and importance), attach.
 """
 
+import math
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
@@ -53,7 +59,8 @@ from model import LINEARS, Adapter, Context, UserError, find_linears, parse_laye
 class Config:
     layers: Annotated[str, "layers to train: search, all, a list such as 3,9, or a range such as 25%-50%"] = "search"
     modules: Annotated[str, "what to train in them: linear layers, or all; searched too"] = "up_proj,down_proj"
-    search_steps: Annotated[int, "optimiser steps of each node of the search", "[1, inf)"] = 200
+    search_steps: Annotated[int, "optimiser steps of each node of the search", "[1, inf)"] = 400
+    search_lr: Annotated[float, "peak learning rate of each node, which has no mask", "(0, inf)"] = 2e-3
     mask_on: Annotated[Literal["update", "grad", "none"], "what 1 - I multiplies"] = "update"
     mask_source: Annotated[Literal["importance", "random"],
                            "random: the same values on shuffled units, a control"] = "importance"
@@ -69,6 +76,8 @@ class Config:
 
 # Everything trainable, no mask: full supervised fine-tuning.
 PRESETS = {"sft": Config(layers="all", modules="all", mask_on="none")}
+# Of train.py's own flags. The mask halves the step (mean(1 - I) is about 1/2), so the rate is twice the nodes'.
+DEFAULTS = {"cofitune": {"steps": 1200, "batch_size": 24, "lr": 4e-3}}
 
 
 # ---------------------------------------------------------------------------------------------- coarse: the tree search
@@ -77,21 +86,45 @@ RANGES = ("0%-50%", "25%-75%", "50%-100%")
 QUARTERS = {"0%-50%": ("0%-25%", "25%-50%"), "25%-75%": ("25%-50%", "50%-75%"), "50%-100%": ("50%-75%", "75%-100%")}
 KINDS = {"MHA": "q_proj,k_proj,v_proj,o_proj", "FFN": "gate_proj,up_proj,down_proj"}
 PARTS = {KINDS["MHA"]: ("q_proj", "k_proj", "v_proj", "o_proj", "q_proj,k_proj,v_proj"),
-         KINDS["FFN"]: ("up_proj", "down_proj", "up_proj,down_proj")}
+         KINDS["FFN"]: ("up_proj", "down_proj", "up_proj,down_proj", "gate_proj,up_proj")}
+SHARES = (0.25, 0.5, 0.75, 1.0)  # a: each node is scored at θ_0 + a (θ - θ_0), so that regions compete, not step sizes
+
+
+def harmonic(point):
+    """(H, its standard error) from the means and standard errors of a node's scores."""
+    S, V = point["speciality"], point["versatility"]
+    if S + V == 0:
+        return 0.0, 0.0
+    by_S, by_V = 2 * V * V / (S + V) ** 2, 2 * S * S / (S + V) ** 2  # dH/dS, dH/dV
+    return 2 * S * V / (S + V), math.hypot(by_S * point["errors"][0], by_V * point["errors"][1])
 
 
 def plan(config, model_config, trial):
     """Chooses layers and modules where `--layers search` asks for it; returns the settled Config.
 
-    trial(name, config, steps=...) fine-tunes a fresh copy in a run folder of its own and gives its results.
+    trial(name, config, shares, steps=..., lr=...) fine-tunes a fresh copy in a run folder of its own; its results have
+    a point for each share.
     """
     if config.layers != "search":
         return config
-    most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values()))
+    most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values())) + 1
     print(f"tree search: at most {most} nodes of {config.search_steps} steps", flush=True)
     seconds = []
-    scores = {}  # {node: (speciality, versatility)}, a node being (layers, modules)
-    tree = {}  # {node: the nodes that it opens}, None being the root
+
+    def score(layers, modules, shares=SHARES):
+        """The points of a node, and the one with the highest H."""
+        name = f"{layers.replace('%', '')}-{title(modules).replace(',', '+')}"
+        node = replace(config, layers=layers, modules=modules, mask_on="none")
+        results = trial(name, node, shares, steps=config.search_steps, lr=config.search_lr)
+        seconds.append(results["seconds"])
+        best, left = max((p for p in results["points"] if p["share"]), key=harmonic), most - len(seconds)
+        print(f"  {name:<32}H {harmonic(best)[0]:>5.1f}   at most {left} more, "
+              f"{left * median(seconds) / 60:.1f} minutes", flush=True)
+        return results["points"], best
+
+    everything, sft = score("all", "all", (0.0, *SHARES))  # a = 0 is the base
+    scores = {("base", ""): everything[0], ("SFT", ""): sft}  # {node: its best point}, a node being (layers, modules)
+    tree = {None: list(scores)}  # {node: the nodes that it opens}, None being the root
     chosen, path = None, []
     levels = (lambda _: [(layers, modules) for layers in RANGES for modules in KINDS.values()],
               lambda node: [(quarter, node[1]) for quarter in QUARTERS[node[0]]],
@@ -99,19 +132,18 @@ def plan(config, model_config, trial):
     for children in levels:
         nodes = [node for node in children(chosen) if inside(node[0], model_config.num_hidden_layers)]
         tree.setdefault(chosen, []).extend(nodes)
-        for layers, modules in nodes:
-            name = f"{layers.replace('%', '')}-{title(modules).replace(',', '+')}"
-            node = replace(config, layers=layers, modules=modules, mask_on="none")
-            results = trial(name, node, steps=config.search_steps)
-            scores[layers, modules] = results["speciality"], results["versatility"]
-            seconds.append(results["seconds"])
-            left = most - len(seconds)
-            print(f"  {name:<32} speciality {results['speciality']:>5.1f}  versatility {results['versatility']:>5.1f}"
-                  f"  at most {left} more, {left * median(seconds) / 60:.1f} minutes", flush=True)
+        scores.update({node: score(*node)[1] for node in nodes})
         # The wider node comes first: it stays chosen unless one inside it is better.
-        chosen = max(path[-1:] + nodes, key=lambda node: sum(scores[node]))
+        chosen = max(path[-1:] + nodes, key=lambda node: harmonic(scores[node])[0])
         path.append(chosen)
     print(draw_tree(tree, scores, path))
+    rivals = [harmonic(scores[node])[0] for node in scores if node not in (chosen, ("base", ""), ("SFT", ""))]
+    H, error = harmonic(scores[chosen])
+    if near := sum(rival > H - error for rival in rivals):
+        print(f"{near} other nodes are within one standard error of the chosen one, {rivals.count(H)} of them equal")
+    most_learned = max(scores[node]["speciality"] for node in scores if node != ("SFT", ""))
+    if scores[chosen]["speciality"] < most_learned / 2:
+        print(f"note: the chosen node learned less than half of what another one did ({most_learned:.1f})")
     print(f"chosen: --layers {chosen[0]} --modules {chosen[1]}", flush=True)
     return replace(config, layers=chosen[0], modules=chosen[1])
 
@@ -130,14 +162,17 @@ def title(modules):
 
 
 def draw_tree(tree, scores, path, node=None, indent=""):
-    """The scored nodes as text; * marks the path to the chosen one."""
-    lines = [] if node else [f"{'tree search, validation data':<44}{'speciality':>10}{'versatility':>13}{'Uni':>8}"]
+    """The scored nodes as text, each at its best share a; * marks the path to the chosen one."""
+    lines = [] if node else [f"{'tree search, validation data, ± standard error':<48}{'a':>5}{'speciality':>14}"
+                             f"{'versatility':>14}{'Uni':>8}{'H':>13}"]
     children = tree.get(node, [])
     for child in children:
-        last = child == children[-1]
+        last, point = child == children[-1], scores[child]
         label = f"{indent}{'└─' if last else '├─'} {child[0]} {title(child[1])}{' *' if child in path else ''}"
-        speciality, versatility = scores[child]
-        lines.append(f"{label:<44}{speciality:>10.1f}{versatility:>13.1f}{speciality + versatility:>8.1f}")
+        cells = [(point["speciality"], point["errors"][0]), (point["versatility"], point["errors"][1]), harmonic(point)]
+        S, V, H = ("{:.1f} ± {:.1f}".format(*cell) for cell in cells)
+        uni = point["speciality"] + point["versatility"]
+        lines.append(f"{label:<48}{point['share']:>5g}{S:>14}{V:>14}{uni:>8.1f}{H:>13}")
         if child in tree:
             lines.append(draw_tree(tree, scores, path, child, indent + ("   " if last else "│  ")))
     return "\n".join(lines)

@@ -64,12 +64,21 @@ class Suite:
     def names(self):
         return list(dict.fromkeys([*self.tests, *self.trained]))
 
+    def groups(self, scores):
+        """{task: main figure} of the new tasks that are scored in percent, and of the general ones, from {task:
+        {figure: value}}."""
+        return [{task: main_figure(scores[task]) for task in scores
+                 if self.group[task] == group and self.score[task] is not loss} for group in ("new", "general")]
+
     def means(self, scores):
-        """(speciality, versatility): mean of the main figures of the new and of the general tasks that are scored in
-        percent, from {task: {figure: value}}; None where there are none."""
-        groups = [[main_figure(scores[task]) for task in scores
-                   if self.group[task] == group and self.score[task] is not loss] for group in ("new", "general")]
-        return tuple(sum(group) / len(group) if group else None for group in groups)
+        """(speciality, versatility): the mean of each group; None where it has no task."""
+        return tuple(sum(g.values()) / len(g) if g else None for g in self.groups(scores))
+
+    def errors(self, scores):
+        """The standard errors of means(scores): a task's percentage p of n examples has variance p (100 - p) / n."""
+        variance = lambda task, p: p * (100 - p) / len(self.tests[task])
+        return tuple(math.sqrt(sum(variance(*item) for item in g.items())) / max(1, len(g))
+                     for g in self.groups(scores))
 
 
 def main_figure(figures):

@@ -331,8 +331,8 @@ def run(config, method_config=None, argv=(), trial=None):
     """One whole run of a method, or what is left of it, or nothing where its folder holds it finished; returns what
     results.json holds.
 
-    method_config: default, the method's own. trial: the data of a trial that a method's plan() asked for; it is not
-    scored before training, and its weights are dropped. Raises UserError for a mistake in the settings, and for a
+    method_config: default, the method's own. trial: (data, shares) of a trial that a method's plan() asked for; it is
+    not scored before training, and its weights are dropped. Raises UserError for a mistake in the settings, and for a
     folder that holds something else; nothing has been written by then.
     """
     method, own = method_of(config.method)
@@ -342,11 +342,14 @@ def run(config, method_config=None, argv=(), trial=None):
     device, dtype = place(config)
     model_config = LlamaConfig.from_pretrained(config.base)
     asked = identity(config, method_config, device, dtype)
+    found, shares = trial or (None, ())
+    if trial:
+        asked["shares"] = list(shares)
     saved = open_folder(out, asked, config.overwrite)
     if saved and (out / "results.json").exists():
         (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
         return show_finished(out, quiet=trial is not None)
-    suite, tokenizer = trial or load_data(config)
+    suite, tokenizer = found or load_data(config)
     clear_parts(out)
 
     def begin(**more):
@@ -365,12 +368,14 @@ def run(config, method_config=None, argv=(), trial=None):
                             "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
         return found
 
-    def run_trial(name, trial_config, **settings):
+    def run_trial(name, trial_config, shares=(), **settings):
+        """The results of a short run in a folder below, on validation data. shares: their "points" are the scores of
+        start + share * (end - start), for all tensors that are trained."""
         found = trial_data()
         if not saved:
             begin()
         settings = {"eval_split": "validation", "overwrite": False, **settings, "out": str(out / "search" / name)}
-        return run(replace(config, **settings), trial_config, argv, found)
+        return run(replace(config, **settings), trial_config, argv, (found, shares))
 
     if "settled" in saved:
         method_config = type(own)(**saved["settled"])
@@ -384,7 +389,7 @@ def run(config, method_config=None, argv=(), trial=None):
         begin(settled=asdict(method_config))
     keep = Checkpoint(out / "checkpoint.safetensors")
     try:
-        results = learn(config, config.method, model, adapter, suite, tokenizer, out, keep, trial is not None)
+        results = learn(config, config.method, model, adapter, suite, tokenizer, out, keep, trial is not None, shares)
     except Stopped as stopped:
         raise Stopped(stopped.number, f"{stopped}; the same command continues: {saved['command']}") from None
     write_json(out / "results.json", results)
@@ -393,7 +398,7 @@ def run(config, method_config=None, argv=(), trial=None):
     return results
 
 
-def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=False):
+def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=False, shares=()):
     """Score, train, save, score, and the table: what fine-tuning and pretraining share. Returns what results.json
     holds."""
     scored = lambda: data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
@@ -410,6 +415,7 @@ def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=
         before = facts["before"] if done else scored()
         facts["before"] = before
 
+    first = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}
     train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl", done, trial), keep)
     save_tensors(out / "adapter.safetensors", adapter.tensors())
     results = {
@@ -418,6 +424,14 @@ def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=
         "eval_split": config.eval_split, **data.summary(suite, before, scored()),
         "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
         "report": adapter.report()}
+    last = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}
+    for share in shares:
+        with torch.no_grad():
+            adapter.load_tensors({name: torch.lerp(first[name], tensor, share) for name, tensor in last.items()})
+        scores = scored()
+        (speciality, versatility), errors = suite.means(scores), suite.errors(scores)
+        results.setdefault("points", []).append({"share": share, "speciality": speciality, "versatility": versatility,
+                                                 "errors": errors})
     if not trial:
         data.print_table(results)
     return results
