@@ -23,7 +23,7 @@ Units are heads for q, k and v, and single outputs for o, gate, up and down; a u
 weight and for its bias. Because of |.|, the *least* important units are held back as well as the most important ones.
 
 Source: Zhang et al., "Balancing Speciality and Versatility: a Coarse to Fine Framework for Supervised Fine-tuning Large
-Language Models", arXiv 2404.10306; the importance is that of Ke et al., arXiv 2302.03241. Where we depart from it:
+Language Model", arXiv 2404.10306; the importance is that of Ke et al., arXiv 2302.03241. Where we depart from it:
 - Where the untouched base scores high, a sum is highest for the node that learns nothing: V alone is 98 here. The
   harmonic mean H wants both. Uni is printed beside it.
 - Each node is scored at θ_0 + a (θ - θ_0) for several shares a and counts by the best one, so that regions are compared
@@ -39,6 +39,21 @@ optimiser (`grad`), or the optimiser and then the mask on what it did (`update`)
 Full supervised fine-tuning is the special case of everything trainable and no mask: `--method sft`.
 
 Read in this order: equation (above), Config, the module (search and importance), attach.
+
+Three units with z = -0.5, 0 and 1, and a step of the optimiser that would move every weight by 1:
+
+>>> from model import Llama, LlamaConfig
+>>> adapter = attach(Llama(LlamaConfig(4, 2, 3, 1, 1)), Config(layers="0", modules="up_proj"))
+>>> [(name, weight)] = adapter.trained.items()
+>>> I = torch.tensor([-0.5, 0.0, 1.0]).tanh().abs()
+>>> adapter.masks, _ = {name.removesuffix(".weight"): 1 - I}, weight.data.fill_(0.0)
+>>> adapter.before_step()
+>>> _ = weight.data.add_(1.0)
+>>> adapter.after_step()
+>>> weight.detach()
+tensor([[0.5379, 0.5379],
+        [1.0000, 1.0000],
+        [0.2384, 0.2384]])
 """
 
 import math

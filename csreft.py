@@ -25,6 +25,17 @@ Our choices where it is silent or contradicts itself:
   parametrisation would keep a d x d buffer for each layer, and cannot be saved and resumed exactly.
 
 Read in this order: equation (above), Config, the module, attach. `reproduce/gates.py` looks at what a run learned.
+
+Two subspaces of a plane, the axes, with W_i = 0: the first one is open and replaces its coordinate by b_1 = 10, the
+second one is half open and goes half the way to b_2 = 20.
+
+>>> from model import Context, Llama, LlamaConfig
+>>> edits = attach(Llama(LlamaConfig(4, 2, 2, 1, 1)), Config(subspaces=2, rank=1)).edits
+>>> edits.R.data, edits.W.data = torch.eye(2).view(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
+>>> edits.b.data = torch.tensor([[[10.], [20.]]])
+>>> ctx = Context(memory={"gates": torch.tensor([[1.0, 0.5]])})
+>>> edits.edit(0, torch.tensor([[[1.0, 2.0]]]), ctx).tolist()
+[[[10.0, 11.0]]]
 """
 
 from dataclasses import dataclass

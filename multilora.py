@@ -15,6 +15,20 @@ and chosen here: whether s_i is a vector or a number (`--scaling`; the public re
 and one dropout mask shared by the n modules.
 
 Read in this order: equation (above), Config, the module, attach. `reproduce/spectra.py` looks at what a run learned.
+
+Two modules of rank 1 are one LoRA of rank 2. At the start s = 0, so y = W x, and the first step moves s alone, each s_i
+along B_i A_i x:
+
+>>> m = MultiLoRA(nn.Linear(2, 2, bias=False), Config(modules=2, rank=1, alpha=1.0))
+>>> m.A.data, m.B.data = torch.tensor([[[1., 0.]], [[0., 1.]]]), torch.tensor([[[1.], [2.]], [[3.], [1.]]])
+>>> y = m(torch.tensor([5., 7.]))
+>>> y.sum().backward()
+>>> y.tolist(), m.s.grad.tolist(), m.A.grad.abs().sum().item()
+([0.0, 0.0], [[5.0, 10.0], [21.0, 7.0]], 0.0)
+>>> m.s.data = torch.tensor([[1., 0.], [0., 1.]])
+>>> down, up = m.factors()
+>>> (up @ down).tolist(), m(torch.tensor([5., 7.])).tolist()
+([[1.0, 0.0], [0.0, 1.0]], [5.0, 7.0])
 """
 
 from dataclasses import dataclass
@@ -24,7 +38,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LINEARS, Adapter, find_linears
+from model import LINEARS, Adapter, UserError, find_linears
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -35,9 +49,17 @@ class Config:
     rank: Annotated[int, "r, rank of each module", "[1, inf)"] = 4
     alpha: Annotated[float, "the update is multiplied by alpha / r", "(0, inf)"] = 8.0
     scaling: Annotated[Literal["vector", "scalar", "none"],
-                       "s_i: one factor per output, one per module, or none (B starts at zero, as in LoRA)"] = "vector"
+                       "s_i: one factor per output, one per module, or none, as in LoRA"] = "vector"
+    zero: Annotated[Literal["auto", "s", "B"],
+                    "what starts at zero: s (and B uniform) or B (and s at one); auto: s where there are scales. "
+                    "Without scales, s starts away from the base, a control"] = "auto"
+    train: Annotated[Literal["all", "s"], "s: A and B stay as they start, a control"] = "all"
     dropout: Annotated[float, "probability of dropping an input of the update", "[0, 1)"] = 0.0
     targets: Annotated[str, "linear layers to adapt, separated by commas"] = ",".join(LINEARS)
+
+    def __post_init__(self):
+        if self.train == "s" and self.scaling == "none":
+            raise UserError("--train s needs scales, and --scaling is none")
 
 
 # The same total rank in one module, alpha / r as above: LoRA.
@@ -61,9 +83,14 @@ class MultiLoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(n, linear.out_features, r, **like))
         self.s = None
         nn.init.uniform_(self.A, -linear.in_features**-0.5, linear.in_features**-0.5)  # = kaiming_uniform_(a=sqrt(5))
-        if config.scaling != "none":
+        zero = config.zero if config.zero != "auto" else "B" if config.scaling == "none" else "s"
+        if zero == "s":
             nn.init.uniform_(self.B, -(r**-0.5), r**-0.5)
-            self.s = nn.Parameter(torch.zeros(n, linear.out_features if config.scaling == "vector" else 1, **like))
+        if config.scaling != "none":
+            first = torch.zeros if zero == "s" else torch.ones
+            self.s = nn.Parameter(first(n, linear.out_features if config.scaling == "vector" else 1, **like))
+        for p in (self.A, self.B):
+            p.requires_grad_(config.train == "all")
 
     def factors(self):
         """The n modules as one pair of matrices: down (n r, in) and up (out, n r) with up @ down = ΔW."""
@@ -107,7 +134,7 @@ class MultiLoRAAdapter(Adapter):
     def param_groups(self, lr, weight_decay):
         """No weight decay on s: shrinking it would shrink the whole update, not its norm alone."""
         scales = [m.multilora.s for m in self.linears.values() if m.multilora.s is not None]
-        matrices = [p for m in self.linears.values() for p in (m.multilora.A, m.multilora.B)]
+        matrices = [p for m in self.linears.values() for p in (m.multilora.A, m.multilora.B) if p.requires_grad]
         return [{"params": matrices, "lr": lr, "weight_decay": weight_decay},
                 {"params": scales, "lr": lr, "weight_decay": 0.0}]
 

@@ -364,8 +364,8 @@ def run(config, method_config=None, argv=(), trial=None):
     def trial_data():
         found = load_data(config, "validation", min(TRIAL_EXAMPLES, config.eval_limit or TRIAL_EXAMPLES))
         if None in found[0].means({task: {"": 0.0} for task in found[0].tests}):
-            raise UserError("a search needs new and general tasks that are scored in percent, not by loss: give such "
-                            "--general-data, or make its choice yourself (CoFiTune: --layers 25%-50%)")
+            raise UserError(f"{config.method} chooses by trials, which need new and general tasks that are scored in "
+                            "percent, not by loss: give such --general-data, or make its choice yourself")
         return found
 
     def run_trial(name, trial_config, shares=(), **settings):
@@ -417,7 +417,8 @@ def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=
 
     first = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}
     train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl", done, trial), keep)
-    save_tensors(out / "adapter.safetensors", adapter.tensors())
+    if keep:
+        save_tensors(out / "adapter.safetensors", adapter.tensors())
     results = {
         "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
         "trainable_parameters": trainable, "total_parameters": total,

@@ -7,7 +7,6 @@ Makes the checkpoint in a temporary folder (bfloat16 weights, the built-in base'
 user would, on the built-in suite.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from engine.flags import Parser, command_line
 from model import Llama
 from reproduce.count import SHAPES
 
@@ -39,7 +39,7 @@ def make(folder, shape, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--device", default="cuda")
@@ -74,4 +74,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from engine.flags import Parser, command_line
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -87,4 +89,5 @@ if __name__ == "__main__":
     elif len(sys.argv) == 3:
         load(*sys.argv[1:])
     else:
-        main()
+        Parser(description=__doc__.split("\n\n")[0]).parse_args()
+        command_line(main)

@@ -103,7 +103,7 @@ CONTROLS = {"sft": f"--method sft {RATE}", "cofitune": f"{PART} {RATE}", "no-mas
 CONTROLLED = "--tasks currency,tool --steps 1200 --batch-size 24"
 
 # Protocols tried for a claim, the judged one last. The earlier ones were looked at on validation data, or on the test
-# data of seeds 0 to 2 (README's tables of single runs, `reproduce/controls.sh`).
+# data of seeds 0 to 2 (README's tables of single runs, --controls).
 TRIED = {
     "multilora": ["all six tasks, total rank 12, 600 steps of 48, seed 0", "total rank 3, seed 0, validation data",
                   "twelve tasks, seed 0, validation data", "all six tasks, total rank 12, 800 steps of 24"],

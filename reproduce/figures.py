@@ -1,4 +1,4 @@
-"""Draws the README's pictures from compare.json, each for a light and for a dark page.
+"""Draws the pictures of `reproduce/README.md` from compare.json, each for a light and for a dark page.
 
     pip install -r reproduce/requirements.txt && python -m reproduce.figures [COMPARE_JSON]
 

@@ -3,6 +3,7 @@
     python -m tools.pretrain --overwrite
 """
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def main():
     results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, record)
     model.save_pretrained(out)
     tokenizer.save(out)
-    write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names, **provenance([program()])})
+    write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names,
+                                        **provenance(["-m", program(), *sys.argv[1:]])})
     write_json(record / "results.json", results)
 
 
