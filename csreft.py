@@ -58,7 +58,9 @@ class Config:
     positions: Annotated[str, "tokens to edit: all, or the first and last of the prompt, such as f5+l5"] = "all"
     ortho: Annotated[Literal["joint", "separate"], "subspaces orthonormal together, or each alone"] = "joint"
     router: Annotated[bool, "gate the subspaces; without it every α is 1"] = True
-    route_on: Annotated[Literal["prompt_mean", "first_token", "last_token"], "what the router reads"] = "prompt_mean"
+    route_on: Annotated[Literal["prompt_mean", "first_token", "last_token", "task"],
+                        "what the router reads; task: no router, subspace (task number mod k) is open, an oracle that "
+                        "only scoring can use"] = "prompt_mean"
     router_norm: Annotated[bool, "the router's input at unit root mean square"] = True
     router_lr: Annotated[float, "the router's peak learning rate", "(0, inf)"] = 4e-3
     sparsity: Annotated[float, "λ, weight of the mean gate in the loss", "[0, inf)"] = 0.0
@@ -67,8 +69,8 @@ class Config:
     threshold: Annotated[float, "hard gates open above it", "[0, 1]"] = 0.5
 
     def __post_init__(self):
-        if self.supervise_gates and not self.router:
-            raise UserError("--supervise-gates needs a router, and --no-router is set")
+        if self.supervise_gates and (not self.router or self.route_on == "task"):
+            raise UserError("--supervise-gates needs a router, and --no-router or --route-on task is set")
         parse_positions(self.positions)
 
 
@@ -111,7 +113,7 @@ class CSReFT(nn.Module):
         self.W = nn.Parameter(self.R.detach().clone())
         self.b = nn.Parameter(torch.zeros(len(layers), k, r, **like))
         self.router = None
-        if config.router:
+        if config.router and config.route_on != "task":
             self.router = nn.Sequential(nn.Linear(d, d // 2, **like), nn.ReLU(), nn.Linear(d // 2, k, **like))
 
     @torch.no_grad()
@@ -141,7 +143,11 @@ class CSReFT(nn.Module):
         if prompt is None:
             prompt = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         k = self.config.subspaces
-        if self.router is None:
+        if self.config.route_on == "task":
+            if ctx.tasks is None:
+                raise UserError("--route-on task is an oracle: outside of training and scoring no task is known")
+            gates = F.one_hot(ctx.tasks % k, k).to(self.R.dtype)
+        elif self.router is None:
             gates = h.new_ones(len(h), k, dtype=self.R.dtype)
         else:
             with torch.autocast(h.device.type, enabled=False):
@@ -193,7 +199,7 @@ class CSReFTAdapter(Adapter):
         """No decay on R, which the QR would undo; the router at its own rate."""
         groups = [{"params": [self.edits.R], "lr": lr, "weight_decay": 0.0},
                   {"params": [self.edits.W, self.edits.b], "lr": lr, "weight_decay": weight_decay}]
-        if self.config.router:
+        if self.edits.router:
             groups.append({"params": list(self.edits.router.parameters()), "lr": self.config.router_lr,
                            "weight_decay": weight_decay})
         return groups
@@ -201,7 +207,7 @@ class CSReFTAdapter(Adapter):
     @torch.no_grad()
     def prepare(self, steps):
         """Says so where the router would read the same thing for every prompt, so that its gates must be constant."""
-        if not self.config.router:
+        if not self.edits.router:
             return
         read = []
         for _, batches in zip(range(4), steps):
@@ -229,6 +235,13 @@ class CSReFTAdapter(Adapter):
         raise UserError("CS-ReFT cannot be merged: its edit of the hidden states depends on the prompt, which no "
                          "weight can hold; keep the adapter beside its base")
 
+    def overlap(self):
+        """Largest entry of |R_i R_j^T| between two subspaces of one layer: 0 where they are disjoint."""
+        R = self.edits.R.detach()
+        k, r = R.shape[1:3]
+        joint = (R.flatten(1, 2) @ R.flatten(1, 2).transpose(-1, -2)).abs().view(-1, k, r, k, r)
+        return joint.amax((0, 2, 4)).fill_diagonal_(0.0).max().item()
+
     def orthonormality_error(self):
         """Largest entry of |R_i R_i^T - I|, with --ortho joint also of |R_i R_j^T|."""
         R = self.edits.R.detach().double()
@@ -236,10 +249,10 @@ class CSReFTAdapter(Adapter):
         return (R @ R.transpose(-1, -2) - torch.eye(R.shape[-2], device=R.device)).abs().max().item()
 
     def report(self):
-        router = sum(p.numel() for p in self.edits.router.parameters()) if self.config.router else 0
+        router = sum(p.numel() for p in self.edits.router.parameters()) if self.edits.router else 0
         edits = sum(p.numel() for p in (self.edits.R, self.edits.W, self.edits.b))
         return {"orthonormality_error": self.orthonormality_error(), "edit_parameters": edits,
-                "router_parameters": router, "constant_gates": self.constant}
+                "router_parameters": router, "constant_gates": self.constant, "largest_overlap": self.overlap()}
 
 
 def attach(model, config):

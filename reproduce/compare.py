@@ -1,9 +1,10 @@
 """All methods on the same data over seeds, and a verdict on the claim of each paper.
 
     python -m reproduce.compare --seeds 5                    # every method at its best learning rate
-    python -m reproduce.compare --claim multilora            # or csreft, or cofitune
+    python -m reproduce.compare --claim multilora            # or csreft, cofitune, spectrum, search
     python -m reproduce.compare --tune                       # how the rates were chosen
     python -m reproduce.compare --controls                   # CoFiTune's controls at one rate, seeds 0 to 2
+    python -m reproduce.compare --teach                      # one change at a time, one seed
 
 Each run is a `train.py` command in a folder of its own below --out, so whatever is interrupted goes on with the same
 command. Runs that were finished by other code are taken as they are, and that is said. compare.json and compare.csv in
@@ -102,6 +103,30 @@ CONTROLS = {"sft": f"--method sft {RATE}", "cofitune": f"{PART} {RATE}", "no-mas
             "sft-l2": f"--method sft {RATE} --l2-to-base 1e-2", "sft-replay": f"--method sft {RATE} --replay 0.1"}
 CONTROLLED = "--tasks currency,tool --steps 1200 --batch-size 24"
 
+# Is a flat spectrum learned, or is it the start's? MultiLoRA against these, all at its own rate.
+STARTS = {"multilora": METHODS["multilora"],
+          "scales-alone": METHODS["multilora"] + " --train s",  # A and B stay as they start
+          "one-module": METHODS["multilora"] + " --modules 1 --rank 12 --alpha 24",  # with its scales
+          "lora-uniform-b": METHODS["lora"] + " --zero s"}  # no scales: starts away from the base
+# CoFiTune as it is by default, beside SFT at these rates with as many examples.
+SFT_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)
+SEARCHED = "--steps 1200 --batch-size 24"
+
+# One change at a time, at one seed, to see what a part does: {row: flags}.
+TEACH = {
+    "multilora": ("--steps 400 --batch-size 24 --lr 8e-3", {
+        **{f"start: {title}, scale: {scaling}": f"--method multilora --zero {zero} --scaling {scaling}"
+           for zero, title in (("s", "s = 0, B uniform"), ("B", "B = 0, s = 1")) for scaling in ("vector", "scalar")},
+        "start: B = 0, scale: none": "--method multilora --scaling none",
+        "start: B uniform, scale: none": "--method multilora --scaling none --zero s",
+        **{f"n = {n}, r = {12 // n}": f"--method multilora --modules {n} --rank {12 // n} --alpha {24 // n}"
+           for n in (1, 2, 3, 4, 6, 12)}}),
+    "csreft": ("--steps 800 --batch-size 24 --lr 1e-2", {
+        "prompt's mean, joint": "--method csreft", "separate subspaces": "--method csreft --ortho separate",
+        "oracle: gates by task": "--method csreft --route-on task",
+        "oracle, 6 subspaces of rank 3": "--method csreft --route-on task --subspaces 6 --rank 3",
+        **{f"λ = {weight}": f"--method csreft --sparsity {weight}" for weight in ("0.01", "0.1", "1")}})}
+
 # Protocols tried for a claim, the judged one last. The earlier ones were looked at on validation data, or on the test
 # data of seeds 0 to 2 (README's tables of single runs, --controls).
 TRIED = {
@@ -111,6 +136,7 @@ TRIED = {
     "cofitune": ["all six tasks, 600 steps of 48, seed 0", "fact tasks, 300 steps of 48, seed 0",
                  "fact tasks, 600 steps of 48, seed 0", "fact tasks, 1,200 steps of 24, seeds 0 to 2",
                  "fact tasks, 600 steps of 24"]}
+TRIED["spectrum"] = ["all six tasks, total rank 12, 800 steps of 24"]
 TRIED["multilora-hard"] = [*TRIED["multilora"], "twelve tasks, total rank 12, 800 steps of 24"]
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -233,15 +259,25 @@ def brief(results):
             "seconds": results["seconds"], "peak_memory_bytes": results["peak_memory_bytes"]}
 
 
-def spectrum(folder, sft):
+def spectrum(folder, sft=None):
     """Means over the adapted weights of a run: the first singular values, their spread, and the similarity to SFT's."""
-    deltas, theirs = changes(folder)[0], changes(sft)[0]
+    deltas, theirs = changes(folder)[0], changes(sft)[0] if sft else {}
     names = [name for name in deltas if name.removesuffix(".weight").endswith(LINEARS)]
     values = torch.stack([multilora.singular_values(deltas[name], SPECTRUM) for name in names])
     shares, ranks = zip(*(multilora.spread(v) for v in values))
-    alike = [similarity(deltas[name], theirs[name], SPECTRUM) for name in names]
+    alike = [similarity(deltas[name], theirs[name], SPECTRUM) for name in names if sft]
     return {"values": values.mean(0).tolist(), "first_value_share": statistics.mean(shares),
-            "effective_rank": statistics.mean(ranks), "similarity_to_sft": statistics.mean(alike)}
+            "effective_rank": statistics.mean(ranks), "similarity_to_sft": statistics.mean(alike) if sft else None}
+
+
+def noise(seed):
+    """The spectrum of MultiLoRA's update where nothing is trained: A and B as they start, every scale one."""
+    torch.manual_seed(seed)
+    _, config, _ = train.parse(shlex.split(METHODS["multilora"]))
+    adapter = multilora.attach(Llama.from_pretrained("base"), replace(config, zero="s"))
+    for linear in adapter.linears.values():
+        linear.multilora.s.data.fill_(1.0)
+    return adapter.report()
 
 
 def gates(folder):
@@ -596,6 +632,63 @@ def claim_cofitune(args):
                              "best": best, "scores": scores, "flags": flags})
 
 
+def claim_spectrum(args):
+    """Whether MultiLoRA's flat spectrum is learned: the same figures of updates that only start like its."""
+    seeds, rate = seeds_of(args), rate_of(args, "multilora")
+    runs = {(name, seed): Run(name if name == "multilora" else f"start-{name}", f"{at(flags, rate)} {ALL}", seed)
+            for seed in seeds for name, flags in STARTS.items()}
+    results = work(list(runs.values()), args, "the spectrum's controls")
+    figures = {name: [spectrum(args.out / runs[name, seed].folder) for seed in seeds] for name in STARTS}
+    figures["noise"] = [noise(seed) for seed in seeds]
+    column = lambda name: [row["effective_rank"] for row in figures[name]]
+    accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds] for name in STARTS}
+    titles = {"scales-alone": "trained scales on A and B as they start", "one-module": "one module of rank 12 with "
+              "scales", "lora-uniform-b": "LoRA with B in MultiLoRA's range", "noise": "A and B untrained, s = 1"}
+    claims = [judge(f"ΔW's effective rank: MultiLoRA's above that of {title}", seeds, column("multilora"),
+                    column(name), "directions") for name, title in titles.items()]
+    show_claims("spectrum", claims)
+    store(args, "spectrum", {"protocol": ALL, "tried": TRIED["spectrum"], "claims": claims, "accuracy": accuracy,
+                             "spectra": figures})
+
+
+def claim_search(args):
+    """CoFiTune by default, its search included, beside SFT over a grid of rates: H of both, on test data."""
+    seeds = range(3)
+    rows = {"cofitune": "--method cofitune", **{f"sft@{lr:g}": at("--method sft", lr) + f" {SEARCHED}"
+                                                for lr in SFT_RATES}}
+    runs = {(name, seed): Run(f"search-{name}", flags, seed) for seed in seeds for name, flags in rows.items()}
+    results = work(list(runs.values()), args, "CoFiTune by default")
+    scores = {name: [as_point(results[runs[name, seed]]) for seed in seeds] for name in rows}
+    print(f"\n{'':<14}{'speciality':>16}{'versatility':>16}{'H':>16}   each seed")
+    for name, points in scores.items():
+        harmonic = [2 * p["speciality"] * p["versatility"] / max(1e-9, p["speciality"] + p["versatility"])
+                    for p in points]
+        columns = [p["speciality"] for p in points], [p["versatility"] for p in points], harmonic
+        print(f"{name:<14}" + "".join(f"{statistics.mean(c):>9.1f} ± {spread(c):>4.1f}" for c in columns) + "   "
+              + ", ".join("{speciality:.1f} / {versatility:.1f}".format(**p) for p in points))
+    store(args, "search", {"protocol": SEARCHED, "scores": scores, "chosen": [
+        read_json(args.out / runs["cofitune", seed].folder / "config.json")["settled"] for seed in seeds]})
+
+
+def teach(args):
+    """One table of teaching numbers for each method, as Markdown."""
+    tables = {}
+    for method, (protocol, rows) in TEACH.items():
+        runs = {name: Run(f"teach-{method}-{i}", f"{flags} {protocol}", CHOSEN_WITH)
+                for i, (name, flags) in enumerate(rows.items())}
+        results = work(list(runs.values()), args, f"teaching numbers of {method}")
+        print(f"\n| {method}, {protocol} | speciality | versatility | and |\n|---|---|---|---|")
+        tables[method] = {name: {**as_point(results[run]), **results[run]["report"]} for name, run in runs.items()}
+        for name, row in tables[method].items():
+            if method == "csreft":
+                opened = gates(args.out / runs[name].folder)["gates"].values()
+                row["mean_gate"] = statistics.mean(gate for means in opened for gate in means)
+            more = (f"effective rank {row['effective_rank']:.1f}" if method == "multilora" else
+                    "largest overlap {largest_overlap:.2f}, mean gate {mean_gate:.2f}".format(**row))
+            print(f"| {name} | {row['speciality']:.1f} | {row['versatility']:.1f} | {more} |")
+    store(args, "teach", tables)
+
+
 def controls(args):
     """CoFiTune's controls: every setting at seeds 0, 1 and 2, as a table of Markdown."""
     runs = {(name, seed): Run(f"controls-{name}", f"{flags} {CONTROLLED}", seed)
@@ -610,7 +703,8 @@ def controls(args):
     store(args, "controls", {"protocol": CONTROLLED, "flags": CONTROLS, "scores": scores})
 
 
-CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": claim_cofitune}
+CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": claim_cofitune,
+          "spectrum": claim_spectrum, "search": claim_search}
 
 
 def main():
@@ -621,6 +715,7 @@ def main():
     parser.add_argument("--tune", action="store_true", help="choose the learning rates instead")
     parser.add_argument("--claim", choices=CLAIMS, help="judge a paper's claim instead")
     parser.add_argument("--controls", action="store_true", help="CoFiTune's controls instead")
+    parser.add_argument("--teach", action="store_true", help="one change at a time instead, one seed")
     parser.add_argument("--suite", choices=SUITES, default="default", help="hard: twelve new tasks instead of six")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of all runs (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time (%(default)s)")
@@ -628,15 +723,16 @@ def main():
     args = parser.parse_args()
     if wrong := [name for name in args.methods if name not in METHODS]:
         parser.error(f"unknown method {wrong[0]!r}; valid: {', '.join(METHODS)}")
-    if args.tune + args.controls + bool(args.claim) + bool(args.methods or args.quick) > 1:
-        parser.error("give one of --tune, --controls, --claim NAME, and methods or --quick")
+    if args.tune + args.controls + args.teach + bool(args.claim) + bool(args.methods or args.quick) > 1:
+        parser.error("give one of --tune, --controls, --teach, --claim NAME, and methods or --quick")
     if args.suite != "default" and args.claim != "multilora":
         parser.error(f"--suite {args.suite} goes with --claim multilora")
     if not (5 if args.claim else 1) <= args.seeds <= len(SEEDS):
         parser.error(f"--seeds is {args.seeds}, expected from {5 if args.claim else 1} to {len(SEEDS)}")
     if min(args.jobs, args.threads) < 1:
         parser.error("--jobs and --threads must be at least 1")
-    (tune if args.tune else controls if args.controls else CLAIMS[args.claim] if args.claim else compare)(args)
+    (tune if args.tune else controls if args.controls else teach if args.teach else
+     CLAIMS[args.claim] if args.claim else compare)(args)
     print(f"\n{args.out / 'compare.json'}")
 
 
