@@ -342,14 +342,14 @@ def run(config, method_config=None, argv=(), trial=None):
     device, dtype = place(config)
     model_config = LlamaConfig.from_pretrained(config.base)
     asked = identity(config, method_config, device, dtype)
-    found, shares = trial or (None, ())
+    trial_data, shares = trial or (None, ())
     if trial:
         asked["shares"] = list(shares)
     saved = open_folder(out, asked, config.overwrite)
     if saved and (out / "results.json").exists():
         (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
         return show_finished(out, quiet=trial is not None)
-    suite, tokenizer = found or load_data(config)
+    suite, tokenizer = trial_data or load_data(config)
     clear_parts(out)
 
     def begin(**more):
@@ -361,7 +361,7 @@ def run(config, method_config=None, argv=(), trial=None):
         write_json(out / "config.json", saved)
 
     @cache
-    def trial_data():
+    def data_of_trials():
         found = load_data(config, "validation", min(TRIAL_EXAMPLES, config.eval_limit or TRIAL_EXAMPLES))
         if None in found[0].means({task: {"": 0.0} for task in found[0].tests}):
             raise UserError(f"{config.method} chooses by trials, which need new and general tasks that are scored in "
@@ -371,7 +371,7 @@ def run(config, method_config=None, argv=(), trial=None):
     def run_trial(name, trial_config, shares=(), **settings):
         """The results of a short run in a folder below, on validation data. shares: their "points" are the scores of
         start + share * (end - start), for all tensors that are trained."""
-        found = trial_data()
+        found = data_of_trials()
         if not saved:
             begin()
         settings = {"eval_split": "validation", "overwrite": False, **settings, "out": str(out / "search" / name)}
@@ -419,20 +419,20 @@ def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=
     train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl", done, trial), keep)
     if keep:
         save_tensors(out / "adapter.safetensors", adapter.tensors())
-    results = {
-        "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
-        "trainable_parameters": trainable, "total_parameters": total,
-        "eval_split": config.eval_split, **data.summary(suite, before, scored()),
-        "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
-        "report": adapter.report()}
-    last = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}
+    after, report = scored(), adapter.report()
+    last, points = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}, []
     for share in shares:
         with torch.no_grad():
             adapter.load_tensors({name: torch.lerp(first[name], tensor, share) for name, tensor in last.items()})
-        scores = scored()
+        scores = scored() if share != 1 else after
         (speciality, versatility), errors = suite.means(scores), suite.errors(scores)
-        results.setdefault("points", []).append({"share": share, "speciality": speciality, "versatility": versatility,
-                                                 "errors": errors})
+        points.append({"share": share, "speciality": speciality, "versatility": versatility, "errors": errors})
+    results = {
+        "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
+        "trainable_parameters": trainable, "total_parameters": total,
+        "eval_split": config.eval_split, **data.summary(suite, before, after), **({"points": points} if shares else {}),
+        "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
+        "report": report}
     if not trial:
         data.print_table(results)
     return results
