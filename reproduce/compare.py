@@ -110,7 +110,7 @@ STARTS = {"multilora": METHODS["multilora"],
           "lora-uniform-b": METHODS["lora"] + " --zero s"}  # no scales: starts away from the base
 # CoFiTune as it is by default, beside SFT at these rates with as many examples.
 SFT_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 2e-3)
-SEARCHED = "--steps 1200 --batch-size 24"
+SEARCHED = "--steps 800 --batch-size 24"
 
 # One change at a time, at one seed, to see what a part does: {row: flags}.
 TEACH = {
