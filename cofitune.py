@@ -30,9 +30,12 @@ Language Model", arXiv 2404.10306; the importance is that of Ke et al., arXiv 23
   and not the lengths of their steps.
 - Adam divides a gradient by its own size, so a constant factor on the gradient nearly cancels. `--mask-on update`, our
   default, scales the step itself (weight decay included); `--mask-on grad` is the published form.
-- The released code sums signed gradients, takes the absolute value after tanh, never clears the mask's gradient
-  between batches, and tiles the mask over the flattened weight, where it misses the output units. Ours follows the
-  paper's text.
+- The released code (github.com/rattlesnakey/CoFiTune, src/) departs from the description, which ours follows. Its
+  importance (softmask_utils.py, softmask_llama.py): one mask on the softmaxed attention serves q, k and v, none is on o
+  and gate; dropout of 0.003 acts on attention weights and on the MLP's output; the KL is summed over all positions,
+  padding included, in one pass over the training set; signed gradients add up, |.| comes after tanh, and the mask's
+  gradient is never cleared between batches. Its mask is tiled over the flattened [out, in] weight, where it misses the
+  output units (setup/stage3.py). Its loss counts the instruction's tokens as well (training.py, converter).
 
 Order within a step: gradients of all micro-batches add up, clipping sees them unmasked, then the mask, then the
 optimiser (`grad`), or the optimiser and then the mask on what it did (`update`).
@@ -91,8 +94,8 @@ class Config:
 
 # Everything trainable, no mask: full supervised fine-tuning.
 PRESETS = {"sft": Config(layers="all", modules="all", mask_on="none")}
-# Of train.py's own flags: the best H on validation data, seed 0, of 2e-3, 4e-3 and 8e-3 (`reproduce.compare --tune`). The
-# mask halves the step (mean(1 - I) is about 1/2), which twice the nodes' steps make up for.
+# Of train.py's own flags: the best H on validation data, seed 0, of 2e-3, 4e-3 and 8e-3 (`reproduce.compare --tune`).
+# The mask halves the step (mean(1 - I) is about 1/2), which twice the nodes' steps make up for.
 DEFAULTS = {"cofitune": {"steps": 800, "batch_size": 24, "lr": 2e-3}}
 
 

@@ -20,9 +20,18 @@ Our choices where it is silent or contradicts itself:
   that token is the same for every prompt, and then the gates cannot depend on the task. Default: the prompt's mean.
 - Input embeddings are small (0.02 is a usual start), and a two-layer MLP that reads them as they are hardly leaves 1/2
   with its gates. Ours reads them at unit root mean square; `--no-router-norm` restores the bare embedding.
-- One router for the whole model, soft gates in training; `--gate hard` thresholds them at evaluation.
+- One router for the whole model, soft gates in training and evaluation. The paper's experiments threshold them at 0.5
+  (its section 4): `--gate hard`.
+- Every token is edited after every layer. LoReFT's instruction tuning edits the prompt's first and last tokens after
+  four layers (Wu et al., table 7): `--layers 3,9,18,24 --positions f5+l5`, which shares one edit between both ends
+  where pyreft has two. pyreft starts W and b as nn.Linear does (interventions.py, LoreftIntervention), not at R and 0.
 - R is a plain tensor. After each optimiser step a thin QR puts it back on the manifold; torch's orthogonal
   parametrisation would keep a d x d buffer for each layer, and cannot be saved and resumed exactly.
+
+The released code (github.com/IntologyAI/Zochi, folder csreft) differs from the paper: forward and generate call the
+bare model, so no edit is applied (pyreft/reft_model.py); what it trains is the router, by a penalty of 1e-3 times
+mean((α - 1/2)²), which pulls gates to 1/2 (csrf_trainer.py); the router reads position 0, the template's first token or
+BOS; the base is Llama-2-7b-chat (csrf_train_instruct.py), where the paper says Llama-2-7B.
 
 Read in this order: equation (above), Config, the module, attach. `reproduce/gates.py` looks at what a run learned.
 

@@ -11,8 +11,15 @@ Three changes to LoRA (Hu et al., arXiv 2106.09685), which is its special case n
 - a learned scale s_i, starting at zero, does what B = 0 did: training starts exactly at the base model.
 
 Source: Wang et al., "MultiLoRA: Democratizing LoRA for Better Multi-Task Learning", arXiv 2311.11501. Left open there
-and chosen here: whether s_i is a vector or a number (`--scaling`; the public reimplementation uses a vector, so do we),
-and one dropout mask shared by the n modules.
+and chosen here: whether s_i is a vector or a number (`--scaling`), and one dropout mask shared by the n modules. The
+public reimplementation, a baseline in MTL-LoRA's code (arXiv 2410.09437, src/adapter/multilora.py), has a vector from
+zero and one shared mask, so do we.
+
+What to know when comparing with LoRA:
+- n modules of rank r are the same functions as one LoRA of rank n r (algebra: stack the A_i, put the diag(s_i) B_i side
+  by side). Only the start, the scales and dropout can make a difference.
+- Kaiming-uniform with a = sqrt 5 draws A from ±1/sqrt(in) and B from ±1/sqrt(r): at width 128 and r = 4 B's range is
+  5.7 times A's (torch.nn.init.kaiming_uniform_'s formula).
 
 Read in this order: equation (above), Config, the module, attach. `reproduce/spectra.py` looks at what a run learned.
 
