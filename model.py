@@ -371,6 +371,8 @@ class Llama(nn.Module):
                     raise UserError(f"{files[name]}: tensor {name!r} has shape {shape}, "
                                      f"expected {tuple(target.shape)}")
                 state[name] = tensors.get_tensor(name).to(device, dtype)
+            if not state[name].isfinite().all():
+                raise UserError(f"{files[name]}: tensor {name!r} holds NaN or infinity: the file is damaged")
         ignored = ("rotary_emb.inv_freq", *((embedding, head) if config.tie_word_embeddings else ()))
         stray = [name for name in files if name not in targets and not name.endswith(ignored)]
         if stray:
@@ -469,19 +471,25 @@ def written(path):
     """Gives a name beside `path` to write to. What is there takes the place of `path` once it is on the disk, so that
     an interrupted write leaves the old file whole. The process number keeps two writers apart."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.touch()
+    mode = part.stat().st_mode  # the user's ordinary permissions, which safetensors narrows
     try:
         yield part
+        part.chmod(mode)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_json(path, value):
     with written(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -562,6 +570,8 @@ class Adapter:
             raise UserError(f"adapter tensor {name!r} is {'missing' if name in own else 'unexpected'}: "
                              "the file was made with other settings")
         for name, target in own.items():
+            if not tensors[name].isfinite().all():
+                raise UserError(f"adapter tensor {name!r} holds NaN or infinity: the file is damaged")
             if target.shape != tensors[name].shape:
                 raise UserError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, "
                                  f"expected {tuple(target.shape)}: the file was made with other settings")

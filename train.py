@@ -14,8 +14,9 @@ import math
 import random
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +28,7 @@ import formats
 from base import suite as builtin
 from engine.checkpoint import Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
-from engine.folder import clear_folder, clear_parts, digest, open_folder, peak_memory, provenance
+from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
 from model import write_json, written
 
@@ -324,104 +325,107 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-TRIAL_EXAMPLES = 50  # of each task, that a trial is scored on
+class Trials:
+    """trial(name, method_config, shares, **settings): a short run in a folder below, with these settings of train's
+    own, scored on validation data; gives its results. shares: their "points" are the scores of start + share (end -
+    start), for all tensors that are trained."""
+
+    EXAMPLES = 50  # of each task
+
+    def __init__(self, config, argv, folder, note):
+        self.config, self.argv, self.folder, self.note = config, argv, folder, note
+
+    @cached_property
+    def data(self):
+        limit = min(self.EXAMPLES, self.config.eval_limit or self.EXAMPLES)
+        suite, tokenizer = load_data(self.config, "validation", limit)
+        if not all(suite.groups({task: {"": 0.0} for task in suite.tests})):
+            raise UserError(f"{self.config.method} chooses by trials, which need new and general tasks that are scored "
+                            "in percent, not by loss: give such --general-data, or make its choice yourself")
+        return suite, tokenizer
+
+    def __call__(self, name, method_config, shares=(), **settings):
+        loaded, file = self.data, self.folder.path / "config.json"
+        if not file.exists():
+            write_json(file, self.note)
+        one = replace(self.config, **{"eval_split": "validation", **settings}, overwrite=False,
+                      out=str(self.folder.path / "search" / name))
+        return run(one, method_config, self.argv, (loaded, shares))
 
 
 def run(config, method_config=None, argv=(), trial=None):
     """One whole run of a method, or what is left of it, or nothing where its folder holds it finished; returns what
     results.json holds.
 
-    method_config: default, the method's own. trial: (data, shares) of a trial that a method's plan() asked for; it is
-    not scored before training, and its weights are dropped. Raises UserError for a mistake in the settings, and for a
-    folder that holds something else; nothing has been written by then.
+    method_config: default, the method's own. trial: (data, shares) where this is a trial, see above: it is not scored
+    before training, and its weights are dropped. Raises UserError for a mistake in the settings, for a folder that
+    holds something else, and where another process works in it; nothing has been written by then.
     """
     method, own = method_of(config.method)
     method_config, out = method_config or own, Path(config.out or f"out/{config.method}")
     for settings in (config, method_config):
         check(settings)
     device, dtype = place(config)
-    model_config = LlamaConfig.from_pretrained(config.base)
-    asked = identity(config, method_config, device, dtype)
-    trial_data, shares = trial or (None, ())
-    if trial:
-        asked["shares"] = list(shares)
-    saved = open_folder(out, asked, config.overwrite)
-    if saved and (out / "results.json").exists():
-        (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
-        return show_finished(out, quiet=trial is not None)
-    suite, tokenizer = trial_data or load_data(config)
-    clear_parts(out)
-
-    def begin(**more):
-        """Writes config.json, once before the first trial and again when all is settled."""
-        if not saved:
-            clear_folder(out)
-        saved.update(method=config.method, asked=asked, tasks=suite.names, template=template_of(config, tokenizer),
-                     **provenance(argv), **more)
-        write_json(out / "config.json", saved)
-
-    @cache
-    def data_of_trials():
-        found = load_data(config, "validation", min(TRIAL_EXAMPLES, config.eval_limit or TRIAL_EXAMPLES))
-        if None in found[0].means({task: {"": 0.0} for task in found[0].tests}):
-            raise UserError(f"{config.method} chooses by trials, which need new and general tasks that are scored in "
-                            "percent, not by loss: give such --general-data, or make its choice yourself")
-        return found
-
-    def run_trial(name, trial_config, shares=(), **settings):
-        """The results of a short run in a folder below, on validation data. shares: their "points" are the scores of
-        start + share * (end - start), for all tensors that are trained."""
-        found = data_of_trials()
-        if not saved:
-            begin()
-        settings = {"eval_split": "validation", "overwrite": False, **settings, "out": str(out / "search" / name)}
-        return run(replace(config, **settings), trial_config, argv, (found, shares))
-
-    if "settled" in saved:
-        method_config = type(own)(**saved["settled"])
-    elif hasattr(method, "plan"):
-        method_config = method.plan(method_config, model_config, run_trial)
-    torch.manual_seed(config.seed)
-    model = Llama.from_pretrained(config.base, device, dtype)
-    model.model.checkpointing = config.grad_checkpointing
-    adapter = start_adapter(model, method, method_config)
-    if "settled" not in saved:
-        begin(settled=asdict(method_config))
-    keep = Checkpoint(out / "checkpoint.safetensors")
-    try:
-        results = learn(config, config.method, model, adapter, suite, tokenizer, out, keep, trial is not None, shares)
-    except Stopped as stopped:
-        raise Stopped(stopped.number, f"{stopped}; the same command continues: {saved['command']}") from None
-    write_json(out / "results.json", results)
-    for name in ("checkpoint.safetensors", *(["adapter.safetensors"] if trial else [])):
-        (out / name).unlink(missing_ok=True)
-    return results
+    base = LlamaConfig.from_pretrained(config.base)
+    refuse_inputs(out, [config.base, *files_of(config)])
+    asked = {**identity(config, method_config, device, dtype), **({"shares": list(trial[1])} if trial else {})}
+    with nullcontext() if trial else locked(out):
+        saved, folder = open_folder(out, asked, config.overwrite), RunFolder(out, config.overwrite)
+        if saved and (out / "results.json").exists():
+            (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
+            return show_finished(out, quiet=trial is not None)
+        suite, tokenizer = trial[0] if trial else load_data(config)
+        note = {"method": config.method, "asked": asked, "tasks": suite.names,
+                "template": template_of(config, tokenizer), **provenance(argv)}
+        if "settled" in saved:
+            method_config = type(own)(**saved["settled"])
+        elif hasattr(method, "plan"):
+            method_config = method.plan(method_config, base, Trials(config, argv, folder, note))
+        torch.manual_seed(config.seed)
+        model = Llama.from_pretrained(config.base, device, dtype)
+        model.model.checkpointing = config.grad_checkpointing
+        adapter = start_adapter(model, method, method_config)
+        if config.save_every:  # the trained tensors and two moments of each, beside the ones before
+            room_for(out, 2 * 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+        if "settled" not in saved:
+            write_json(folder.path / "config.json", {**note, "settled": asdict(method_config)})
+        keep = Checkpoint(folder)
+        goes_on = lambda: f"{folder.path} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
+        try:
+            results = learn(config, config.method, model, adapter, suite, tokenizer, folder, keep, trial and trial[1])
+            write_json(out / "results.json", results)
+        except Stopped as stopped:
+            raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
+        except (UserError, OSError) as error:
+            raise UserError("; ".join(filter(None, (str(error), goes_on())))) from None
+        for name in ("checkpoint.safetensors", *(["adapter.safetensors"] if trial else [])):
+            (out / name).unlink(missing_ok=True)
+        return results
 
 
-def learn(config, name, model, adapter, suite, tokenizer, out, keep=None, trial=False, shares=()):
-    """Score, train, save, score, and the table: what fine-tuning and pretraining share. Returns what results.json
-    holds."""
+def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, shares=None):
+    """Score, train, save, score, and the table: what fine-tuning and pretraining share. shares: those of a trial.
+    Returns what results.json holds."""
     scored = lambda: data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
+    copied = lambda: {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}
     start, total = time.perf_counter(), count_parameters(model.config)
     trainable, before = sum(p.numel() for p in model.parameters() if p.requires_grad), {}
-    facts = keep.facts if keep else {}
+    facts, trial = keep.facts if keep else {}, shares is not None
     spent, done = facts.get("seconds", 0.0), facts.get("step", 0)
     if not trial:
         print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
         print(f"{len(suite.train):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
-              f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {out}", flush=True)
-        if done:
-            print(f"{out} holds the first {done} steps: going on from there", flush=True)
-        before = facts["before"] if done else scored()
-        facts["before"] = before
+              f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {folder.out}")
+        print(f"{folder.out} holds the first {done} steps: going on from there\n" * bool(done), end="", flush=True)
+        facts["before"] = before = facts["before"] if done else scored()
 
-    first = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}
-    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(out / "metrics.jsonl", done, trial), keep)
+    first = copied()
+    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(folder.path / "metrics.jsonl", done, trial), keep)
     if keep:
-        save_tensors(out / "adapter.safetensors", adapter.tensors())
-    after, report = scored(), adapter.report()
-    last, points = {name: tensor.clone() for name, tensor in adapter.tensors().items()} if shares else {}, []
-    for share in shares:
+        save_tensors(folder.path / "adapter.safetensors", adapter.tensors())
+        folder.take_place()
+    after, report, last, points = scored(), adapter.report(), copied(), []
+    for share in shares or ():
         with torch.no_grad():
             adapter.load_tensors({name: torch.lerp(first[name], tensor, share) for name, tensor in last.items()})
         scores = scored() if share != 1 else after
@@ -458,25 +462,28 @@ def score_only(config, given=(), argv=()):
             keys -= {"tasks"}
             own = {**own, "template": saved.get("template", own["template"])}
         config = replace(config, **{key: own[key] for key in keys})
+    refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])
     asked = identity(config, None, device, dtype)
     if config.adapter:
         asked["adapter"] = digest(Path(config.adapter) / "adapter.safetensors")
-    if open_folder(out, asked, config.overwrite):
-        return show_finished(out)
-    if config.adapter:
-        model, *_ = load_run(config.adapter, device, dtype, config.base)
-    else:
-        model = Llama.from_pretrained(config.base, device, dtype)
-    (suite, tokenizer), start = load_data(config, train=False), time.perf_counter()
-    scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
-    results = {"method": name, "base": config.base, "adapter": config.adapter, "eval_split": config.eval_split,
-               **data.summary(suite, scores, scores), "seconds": time.perf_counter() - start,
-               "peak_memory_bytes": peak_memory(model.device)}
-    data.print_table(results)
-    clear_folder(out)
-    write_json(out / "results.json", results)
-    write_json(out / "config.json", {"method": name, "asked": asked, **provenance(argv)})
-    return results
+    with locked(out):
+        if open_folder(out, asked, config.overwrite):
+            return show_finished(out)
+        if config.adapter:
+            model, *_ = load_run(config.adapter, device, dtype, config.base)
+        else:
+            model = Llama.from_pretrained(config.base, device, dtype)
+        (suite, tokenizer), start = load_data(config, train=False), time.perf_counter()
+        scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
+        results = {"method": name, "base": config.base, "adapter": config.adapter, "eval_split": config.eval_split,
+                   **data.summary(suite, scores, scores), "seconds": time.perf_counter() - start,
+                   "peak_memory_bytes": peak_memory(model.device)}
+        data.print_table(results)
+        folder = RunFolder(out, config.overwrite)
+        write_json(folder.path / "results.json", results)
+        write_json(folder.path / "config.json", {"method": name, "asked": asked, **provenance(argv)})
+        folder.take_place()
+        return results
 
 
 # ---------------------------------------------------------------------------------------------- run folders
@@ -485,12 +492,16 @@ def score_only(config, given=(), argv=()):
 NOT_ASKED = ("out", "overwrite", "save_every", "log_every")  # another value of these is still the same run
 
 
+def files_of(config):
+    """The data files that a run reads."""
+    entries = [] if config.builtin else [*config.data, *config.eval_data, *config.general_data, *config.shot_data]
+    return [formats.name_and_file(entry)[1] for entry in entries if entry != "builtin"]
+
+
 def identity(config, method_config, device, dtype):
     """What makes a run this very run: settings as asked, and the files that decide its numbers, by their SHA-256."""
     base, source = Path(config.base), [HERE / name for name in ("model.py", "data.py", "train.py", "base/suite.py")]
     weights = {str(file) for file in tensor_files(base).values()}
-    rows = [] if config.builtin else [*config.data, *config.eval_data, *config.general_data, *config.shot_data]
-    rows = [formats.name_and_file(entry)[1] for entry in rows if entry != "builtin"]
     source += sorted((HERE / "formats").glob("*.py"))
     if method_config:
         source.append(Path(sys.modules[type(method_config).__module__].__file__))
@@ -499,7 +510,7 @@ def identity(config, method_config, device, dtype):
             "method_settings": asdict(method_config) if method_config else {},
             "device": device.type, "dtype": str(dtype).removeprefix("torch."),
             "base": hashes(sorted([*weights, *map(str, base.glob("*.json"))]), base),
-            "data": {file: digest(file) for file in rows if Path(file).is_file()},
+            "data": {file: digest(file) for file in files_of(config) if Path(file).is_file()},
             "code": hashes(source, HERE)}
 
 

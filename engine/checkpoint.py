@@ -14,24 +14,31 @@ from contextlib import contextmanager
 from safetensors.torch import save_file
 
 from engine.flags import Stopped
-from model import open_tensors, written
+from model import UserError, open_tensors, written
 
 
 class Checkpoint:
-    def __init__(self, path):
-        self.path = path
-        self.facts = {}  # what the last save said
-        if path.exists():
-            with open_tensors(path) as file:
+    """The checkpoint of a RunFolder, if there is one."""
+
+    def __init__(self, folder):
+        self.folder, self.facts = folder, {}  # what the last save said
+        if self.path.exists():
+            with open_tensors(self.path) as file:
                 self.facts = json.loads(file.metadata()["facts"])
+
+    @property
+    def path(self):
+        return self.folder.path / "checkpoint.safetensors"
 
     def save(self, adapter, optimizer, **facts):
         """facts are added to those of the last save; each is a JSON value."""
-        self.facts |= facts
+        facts = self.facts | facts
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter.tensors().items()}
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{key}": tensor for key, tensor in state.items()}
-        save_tensors(self.path, tensors, {"facts": json.dumps(self.facts)})
+        save_tensors(self.path, tensors, {"facts": json.dumps(facts)})
+        self.facts = facts
+        self.folder.take_place()
 
     def load(self, adapter, optimizer):
         """Puts the adapter and the optimiser where the last save found them."""
@@ -46,7 +53,11 @@ class Checkpoint:
 
 
 def save_tensors(path, tensors, metadata=None):
-    """{name: tensor} as a safetensors file, which takes its place when it is whole."""
+    """{name: tensor} as a safetensors file, which takes its place when it is whole. Raises UserError, and writes
+    nothing, where one is not finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity and is not saved to {path}: try a lower --lr")
     with written(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt", **(metadata or {})})
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from model import UserError
 
 
@@ -109,6 +111,11 @@ def command_line(main):
         sys.exit(main())
     except (UserError, OSError) as error:
         print(f"{program()}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"{program()}: error: not enough memory: {(str(error).splitlines() or [''])[0][:120]}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         print(f"{program()}: {stopped}", file=sys.stderr)

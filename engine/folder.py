@@ -1,13 +1,17 @@
 """A run is a folder, and the same command continues it.
 
 The folder's config.json says what was asked for: settings, and the SHA-256 of the files that decide the numbers.
+Nothing that lies there is deleted before something whole can take its place.
 """
 
 import hashlib
+import os
 import platform
 import shlex
 import shutil
 import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy
 import safetensors
@@ -16,6 +20,11 @@ import torch
 
 from engine.flags import flag
 from model import UserError, read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are not locked
+    fcntl = None
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "adapter.safetensors", "results.json",
              "search.json", "wise.json")
@@ -37,19 +46,86 @@ def open_folder(out, asked, overwrite):
     raise UserError(f"{out} holds another run: {other}; choose another --out, or add --overwrite to start anew")
 
 
-def clear_folder(out):
-    """Makes the folder, and removes what an earlier run left in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    clear_parts(out)
-    for name in RUN_FILES:
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "search", ignore_errors=True)
+def beside(out, kind):
+    return out.with_name(f".{out.name}.{kind}")
 
 
-def clear_parts(out):
-    """Removes files that a killed process had not finished writing."""
-    for file in out.glob("*.part"):
-        file.unlink(missing_ok=True)
+@contextmanager
+def locked(out):
+    """Within, no other process works in this run folder. The lock is the operating system's, on a file beside the
+    folder, so one that a killed process left does not hold. Raises UserError where another process has it."""
+    file = beside(out, "lock")
+    made = [folder for folder in file.parents if not folder.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        while True:
+            with open(file, "w") as handle:
+                try:
+                    fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise UserError(f"another process works in {out}: wait for it, or choose another --out") from None
+                if not file.exists() or os.fstat(handle.fileno()).st_ino != file.stat().st_ino:
+                    continue  # its last holder has just removed it
+                try:
+                    repair(out)
+                    yield
+                finally:
+                    repair(out)
+                    file.unlink()
+            return
+    finally:
+        with suppress(OSError):  # not empty: something was left there
+            for folder in made:
+                folder.rmdir()
+
+
+def repair(out):
+    """Ends what a process began that was killed while a new run took an old one's place."""
+    new, old = beside(out, "new"), beside(out, "old")
+    if not out.exists() and old.exists():
+        (new if new.exists() else old).rename(out)
+    for left in (new, old):
+        if left.exists():
+            shutil.rmtree(left)
+    for file in out.glob("**/*.part"):  # not whole
+        file.unlink()
+
+
+class RunFolder:
+    """The folder that a run works in: `path` is `out` itself, or with overwrite a new one beside it, until
+    take_place()."""
+
+    def __init__(self, out, overwrite=False):
+        self.out = out
+        self.path = beside(out, "new") if overwrite and out.exists() else out
+
+    def take_place(self):
+        """The new folder becomes `out`; what lies in the old one and belongs to no run moves along."""
+        if self.path == self.out:
+            return
+        old = beside(self.out, "old")
+        for file in self.out.iterdir():
+            if file.name not in (*RUN_FILES, "search") and not (self.path / file.name).exists():
+                file.rename(self.path / file.name)
+        self.out.rename(old)
+        self.path.rename(self.out)
+        self.path = self.out
+        shutil.rmtree(old)
+
+
+def refuse_inputs(out, inputs):
+    """Raises UserError where an output folder is, or holds, something that the run reads."""
+    for file in inputs:
+        if out.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
+            raise UserError(f"--out {out} is or holds {file}, which this run reads: choose another --out")
+
+
+def room_for(out, size):
+    """Raises UserError where the disk has no room for `size` bytes below a folder that may not be there yet."""
+    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    if (free := shutil.disk_usage(there).free) < size:
+        raise UserError(f"{there} has room for {free / 1e6:,.1f} MB, and checkpoints of this run need "
+                        f"{size / 1e6:,.1f}: choose another --out")
 
 
 def digest(*files):

@@ -18,6 +18,7 @@ import multilora
 import train
 from data import Batch
 from engine import checkpoint
+from engine.folder import RunFolder
 from model import Context, Llama
 from tests.helpers import (BASE, HERE, SOURCES, builtin_examples, cli, json_lines, one_line_error, random_ids, start,
                            tiny, written)
@@ -114,7 +115,7 @@ def test_a_signal_loses_at_most_the_step_in_hand(tmp_path, number, code):
     step = int(re.search(r"stopped after step (\d+) of 4000; the same command continues: python train\.py --method",
                          done.stderr)[1])
     assert step == json_lines(out / "metrics.jsonl")[-1]["step"]
-    assert checkpoint.Checkpoint(out / "checkpoint.safetensors").facts["step"] == step
+    assert checkpoint.Checkpoint(RunFolder(out)).facts["step"] == step
     again = kill(command, lambda: lines(out) > step, number)
     assert f"holds the first {step} steps" in again.stdout and again.returncode == code
 
@@ -148,8 +149,8 @@ def pieces(method, config, tmp_path, without=None):
 
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Stop):
-        go(First(path))
-    keep = checkpoint.Checkpoint(path)
+        go(First(RunFolder(tmp_path)))
+    keep = checkpoint.Checkpoint(RunFolder(tmp_path))
     if without in keep.facts:
         keep.facts[without] = {"step": 3, "losses": [], "tokens": 0, "seconds": 0.0}[without]
     elif without:

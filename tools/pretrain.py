@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from base import suite as builtin
 from data import Tokenizer, encode_suite
 from engine.flags import Parser, add_flags, check, command_line, program
-from engine.folder import provenance
+from engine.folder import RunFolder, provenance
 from model import Adapter, Llama, LlamaConfig, UserError, write_json
 from train import Config, learn, place
 
@@ -55,9 +55,8 @@ def main():
     model.to(device)
     model.dtype = dtype  # of the computation; what is trained stays float32
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
-    record.mkdir(parents=True, exist_ok=True)
     suite = encode_suite(suite, tokenizer, config.max_length)
-    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, record)
+    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, RunFolder(record))
     model.save_pretrained(out)
     tokenizer.save(out)
     write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names,

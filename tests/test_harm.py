@@ -1,0 +1,158 @@
+"""Nothing is lost: whatever stops a run, either the old one or the new one is whole, and one line says why."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from engine.folder import beside, locked
+from model import Llama, UserError
+from tests.helpers import BASE, HERE, cli, here, one_line_error, start, tiny
+from tests.test_resume import kill, left, lines
+
+RUN = ("train.py", "--method", "lora", "--tasks", "currency", "--steps", "6", "--batch-size", "4", "--eval-limit", "2",
+       "--log-every", "2", "--save-every", "2")
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def old(runs, tmp_path):
+    """A finished run that must not be lost, with somebody's note beside its files."""
+    shutil.copytree(runs(*RUN[1:]), tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    return tmp_path / "run"
+
+
+def alone(out):
+    """No half of a run lies beside the folder."""
+    return [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("flags", [("--lr", "1e30"), ("--targets", "q_prj"), ("--tasks", "juggling"),
+                                   ("--rank", "1000000000")])
+def test_a_new_run_that_fails_leaves_the_old_one_as_it_was(old, flags):
+    before = content(old)
+    one_line_error(*RUN, *flags, "--out", old, "--overwrite")
+    assert content(old) == before and alone(old)
+
+
+def test_a_new_run_takes_the_place_of_the_old_one_when_it_has_a_checkpoint(old):
+    adapter = (old / "adapter.safetensors").read_bytes()
+    process = kill((*RUN, "--steps", "400", "--seed", "1", "--out", old, "--overwrite"),
+                   lambda: beside(old, "new").exists() and lines(beside(old, "new")) >= 0)
+    assert process and (old / "adapter.safetensors").read_bytes() == adapter
+    here(*RUN, "--seed", "1", "--out", old, "--overwrite")
+    assert (old / "adapter.safetensors").read_bytes() != adapter and alone(old)
+    assert (old / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_kill_between_the_two_renames_is_repaired(old, new):
+    """The folder is gone, the old one lies beside it, and the new one does or was not whole."""
+    before = content(old)
+    if new:
+        shutil.copytree(old, beside(old, "new"))
+    old.rename(beside(old, "old"))
+    assert "finished" in here(*RUN, "--out", old).stdout
+    assert content(old) == before and alone(old)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_a_write_that_fails_leaves_something_whole(runs, tmp_path, monkeypatch, n):
+    """The n-th time something is put on the disk there is no room; the same command with room ends at the same bytes.
+    A run of six steps writes eight times: config, metrics, three checkpoints, adapter, results (and once no more)."""
+    out, calls, fsync = tmp_path / "run", [], os.fsync
+
+    def full(number):
+        calls.append(number)
+        if len(calls) == n:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = here(*RUN, "--out", out, code=2 if n <= 7 else 0)
+    monkeypatch.undo()
+    if n <= 7:
+        assert len(done.stderr.strip().splitlines()) == 1 and "No space left" in done.stderr
+        assert n < 4 or "holds the first" in done.stderr
+    here(*RUN, "--out", out)
+    assert left(out) == left(runs(*RUN[1:]))
+
+
+def test_a_file_size_limit_is_one_line_and_the_same_command_goes_on(runs, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.run([sys.executable, *RUN, "--out", out], cwd=HERE, capture_output=True, text=True,
+                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+    assert process.returncode == 2 and len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert not list(out.glob("*.part")) and not (out / "checkpoint.safetensors").exists()
+    cli(*RUN, "--out", out)
+    assert left(out) == left(runs(*RUN[1:]))
+
+
+def test_too_small_a_disk_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+    message = one_line_error(*RUN, "--out", tmp_path / "run")
+    assert "has room for 0.0 MB" in message and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_read_is_never_written_to(old, tmp_path):
+    before, base = content(old), content(BASE)
+    for args in ((*RUN, "--out", "base", "--overwrite"), (*RUN, "--out", HERE, "--overwrite"),
+                 ("train.py", "--eval-only", "--adapter", old, "--out", old, "--overwrite")):
+        assert "which this run reads" in one_line_error(*args)
+    assert content(old) == before and content(BASE) == base
+
+
+def test_two_processes_never_work_in_one_folder(tmp_path):
+    """Started together: one runs, the other is refused, whichever it is."""
+    command = (*RUN, "--steps", "60", "--out", tmp_path / "run")
+    both = [start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in both]
+    assert sorted(code for *_, code in ended) == [0, 2]
+    refused = next(err for _, err, code in ended if code)
+    assert "another process works in" in refused and len(refused.strip().splitlines()) == 1
+    assert (tmp_path / "run" / "results.json").exists() and alone(tmp_path / "run")
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    assert kill((*RUN, "--steps", "4000", "--out", tmp_path / "run"), lambda: lines(tmp_path / "run") >= 1)
+    assert beside(tmp_path / "run", "lock").exists()
+    with locked(tmp_path / "run"):
+        pass
+    assert alone(tmp_path / "run")
+
+
+def test_what_is_not_finite_is_neither_saved_nor_loaded(old, tmp_path):
+    message = one_line_error("train.py", "--method", "sft", "--lr", "2e37", "--steps", "2", "--batch-size", "4",
+                             "--tasks", "currency", "--eval-limit", "2", "--out", tmp_path / "sft")
+    assert ("NaN or infinity" in message or "loss is" in message) and not list(tmp_path.glob("sft/*.safetensors"))
+    tensors = load_file(old / "adapter.safetensors")
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name] * float("nan")}, old / "adapter.safetensors")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        train.load_run(old)
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+    weights = {k: t.clone() for k, t in load_file(tmp_path / "base" / "model.safetensors").items()}
+    weights["model.norm.weight"][3] = torch.inf
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors: tensor 'model.norm.weight' holds NaN or infinity"):
+        Llama.from_pretrained(tmp_path / "base")
+
+
+def test_files_of_a_run_have_the_users_ordinary_permissions(runs):
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in runs(*RUN[1:]).iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~mask, file
+    json.loads((runs(*RUN[1:]) / "results.json").read_text(), parse_constant=lambda x: pytest.fail(x))
