@@ -120,7 +120,9 @@ class Tokenizer:
             raise UserError(f"{path} has no tokenizer.json{found if (path / 'tokenizer.model').exists() else ''}")
         try:
             fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as error:  # the library raises the bare class
+        except BaseException as error:  # the library raises the bare class, and panics as another one
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise UserError(f"{path / 'tokenizer.json'} does not parse: {error}") from None
         fast.no_truncation()  # a file may remember how its training pipeline cut and padded
         fast.no_padding()
@@ -135,10 +137,15 @@ class Tokenizer:
         def token_id(kind):
             token = settings.get(f"{kind}_token")
             token = token.get("content") if isinstance(token, dict) else token
+            if token is not None and not isinstance(token, str):
+                raise UserError(f"{path}: {kind}_token is {token!r:.80}, expected text")
             return fast.token_to_id(token) if token else None
 
         stop = settings.get("eos_token_id", [])
-        stop = set(stop if isinstance(stop, list) else [stop])
+        stop = stop if isinstance(stop, list) else [stop]
+        if wrong := [i for i in stop if type(i) is not int or not 0 <= i <= last]:
+            raise UserError(f"{path}: eos_token_id is {wrong[0]!r:.80}, expected a token id from 0 to {last}")
+        stop = set(stop)
         bos, eos, pad = token_id("bos"), token_id("eos"), token_id("pad")
         eos = min(stop, default=None) if eos is None else eos
         if eos is None:
@@ -270,14 +277,15 @@ def draw(examples, size, seed):
     length would save a little more padding, but tasks differ in length, and a group should mix them.
     """
     rng, pool = random.Random(seed), []
+    groups = max(1, min(32, max(len(examples), 100_000) // size))  # 32, unless that were many times the data
     while True:
-        while len(pool) < 32 * size:
+        while len(pool) < groups * size:
             pool += rng.sample(examples, len(examples))
-        chunk, pool = pool[: 32 * size], pool[32 * size :]
+        chunk, pool = pool[: groups * size], pool[groups * size :]
         chunk.sort(key=lambda e: int(math.log(len(e.ids), 1.5)))
-        groups = [chunk[i : i + size] for i in range(0, len(chunk), size)]
-        rng.shuffle(groups)
-        yield from groups
+        parts = [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        rng.shuffle(parts)
+        yield from parts
 
 
 def collate(group, pad):

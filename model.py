@@ -20,6 +20,8 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -92,9 +94,16 @@ class LlamaConfig:
             raise UserError(f"{where}: quantization_config is set, expected float32, float16 or bfloat16 weights")
         if raw.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", "'silu'")
-        for f in fields(cls)[:5]:
-            if not isinstance(raw.get(f.name), int) or raw[f.name] < 1:
-                refuse(f.name, "a positive integer")
+        sizes = [f.name for f in fields(cls)[:5]]
+        if absent := [name for name in sizes if raw.get(name) is None]:
+            refuse(absent[0], "a positive integer")
+        known = typed(cls, {key: value for key, value in raw.items() if value is not None}, where)
+        for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if not 0 < known.get(name, 1) < 2**40:
+                refuse(name, "a positive integer")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0 < known.get(name, 1) < math.inf:
+                refuse(name, "a positive number")
 
         # Newer files say everything about RoPE in one dictionary, older ones in `rope_theta` and `rope_scaling`.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -105,13 +114,14 @@ class LlamaConfig:
         rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
         required = {"default": (), "linear": ("factor",), "llama3": (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if rope_type not in required:
+        if not isinstance(rope_type, str) or rope_type not in required:
             raise UserError(f"{where}: RoPE type is {rope_type!r}, expected one of {', '.join(required)}")
         for key in required[rope_type]:
-            if not isinstance(rope.get(key), (int, float)):
+            if not fits(rope.get(key), float) or not 0 < rope[key] < math.inf:
                 raise UserError(f"{where}: RoPE type {rope_type!r} needs a number {key!r}, found {rope.get(key)!r}")
+        if not fits(theta, float) or not 0 < theta < math.inf:
+            raise UserError(f"{where}: rope_theta is {theta!r}, expected a positive number")
 
-        known = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
         known.update(rope_theta=float(theta), rope_scaling=None if rope_type == "default" else rope)
         config = cls(**known)
         if config.num_attention_heads % config.num_key_value_heads:
@@ -349,6 +359,10 @@ class Llama(nn.Module):
         """
         path, state, config = Path(path), {}, LlamaConfig.from_pretrained(path)
         files = tensor_files(path)  # {tensor name: file}
+        held = {name.split(".")[2] for name in files if name.startswith("model.layers.")}
+        if len(held) != config.num_hidden_layers:  # before as many layers are made
+            raise UserError(f"{path}: config.json says num_hidden_layers {config.num_hidden_layers}, but the weight "
+                            f"files hold {len(held)} layers")
         with torch.device("meta"):
             model = cls(config)
 
@@ -455,15 +469,40 @@ class Llama(nn.Module):
 
 def read_json(path):
     """The object (dict) in a JSON file. Raises UserError in one line where the file is absent or holds no such."""
+    if not Path(path).is_file():  # nor a pipe or a device, which may never end
+        raise UserError(f"{path} {'is no regular file' if Path(path).exists() else 'does not exist'}")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object: {{...}}")
     return value
+
+
+def fits(value, kind):
+    """Whether a JSON value is of the type that an annotation names; true and false are no numbers."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(part, get_args(kind)[0]) for part in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def typed(cls, raw, where):
+    """{field: value} of what parsed JSON has of a dataclass's fields. Raises UserError, naming file, key and what was
+    expected, for a value of another type than the field's annotation names, or for none of its choices."""
+    known = {}
+    for name, kind in get_type_hints(cls).items():
+        if name in raw:
+            if not fits(raw[name], kind):
+                raise UserError(f"{where}: {name} is {raw[name]!r:.80}, expected {getattr(kind, '__name__', kind)}")
+            known[name] = raw[name]
+    return known
 
 
 @contextmanager
@@ -508,6 +547,8 @@ def tensor_files(path):
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise UserError(f"{index}: weight_map is missing or malformed, expected {{tensor name: file name}}")
+        if outside := [file for file in places.values() if not file or Path(file).name != file]:
+            raise UserError(f"{index} names {outside[0]!r:.80}, expected files of its own folder")
         places = {name: path / file for name, file in places.items()}
         for file in sorted(set(places.values())):
             if not file.exists():

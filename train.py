@@ -30,7 +30,7 @@ from engine.checkpoint import Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
-from model import write_json, written
+from model import typed, write_json, written
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("auto", *formats.TEMPLATES)
@@ -75,7 +75,7 @@ class Config:
     clip: Annotated[float, "largest gradient norm, 0 for no clipping", "[0, inf)"] = 1.0
     replay: Annotated[float, "share of general examples mixed into the training data", "[0, 1)"] = 0.0
     seed: Annotated[int, "of initialisation, order and dropout; the suite's facts and splits have their own",
-                    "[0, inf)"] = 0
+                    "[0, 9e18]"] = 0
     device: Annotated[str, "auto (cuda, else mps, else cpu) or a torch device such as cuda:1"] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"],
                      "frozen weights and computation; auto: bfloat16 on cuda, else float32. "
@@ -188,9 +188,10 @@ def place(config):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=device)
+        if torch.zeros(1, device=device).device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]:.80}") from None
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
@@ -528,11 +529,13 @@ RETIRED = {"pretrain", "lr", "steps", "batch_size"}
 
 
 def revive(cls, saved):
-    """Settings from a run's config.json. Raises UserError for a field that they do not have."""
+    """Settings from a run's config.json. Raises UserError for a field that they do not have, or for a wrong value."""
     known = {f.name for f in fields(cls)}
     if wrong := saved.keys() - known - RETIRED:
         raise UserError(f"the run has the setting {min(wrong)!r}, which {cls.__module__}.py does not know")
-    return cls(**{name: value for name, value in saved.items() if name in known})
+    settings = cls(**typed(cls, saved, f"config.json of the run, {cls.__module__}.Config"))
+    check(settings)
+    return settings
 
 
 def read_run(run_dir):

@@ -24,6 +24,13 @@ def program():
     return spec.name if spec else Path(sys.argv[0]).name
 
 
+def fail(message):
+    """Ends the program with exit code 2 and one line of at most 300 characters."""
+    text = f"{program()}: error: {message}".replace("\n", "\\n")
+    print(text if len(text) <= 300 else text[:297] + "...", file=sys.stderr)
+    sys.exit(2)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with flags before or after positional arguments, no abbreviations, and errors on one line."""
 
@@ -32,15 +39,15 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        fail(message)
 
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_intermixed_args(argv, namespace)
         if unknown:
             flags = sorted(option for option in self._option_string_actions if option.startswith("--"))
             near = difflib.get_close_matches(unknown[0], flags, 1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f", did you mean {near[0]}?" if near else "")
-                       + f" valid: {' '.join(flags)}")
+            self.error(f"unknown argument {unknown[0]!r:.80}" + (f", did you mean {near[0]}?" if near else "")
+                       + " (--help lists them all)")
         return args
 
 
@@ -110,13 +117,11 @@ def command_line(main):
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        print(f"{program()}: error: not enough memory: {(str(error).splitlines() or [''])[0][:120]}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"not enough memory: {(str(error).splitlines() or [''])[0][:120]}")
     except Stopped as stopped:
         print(f"{program()}: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

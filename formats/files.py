@@ -13,6 +13,8 @@ from model import UserError
 def read_records(file):
     """Yields (line number, record, error or None) of a JSON array, of JSON lines, or of CSV with a header (MMLU's is
     known without one): by what the file holds, whatever its ending. Raises UserError where it cannot be read on."""
+    if Path(file).exists() and not Path(file).is_file():  # a pipe or a device may never end
+        raise UserError(f"{file} is no regular file")
     try:
         content = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -24,7 +26,7 @@ def read_records(file):
             if piece.strip():
                 try:
                     yield line, json.loads(piece), None
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield line, None, f"not valid JSON: {error}"
     else:
         rows = csv.reader(io.StringIO(content, newline=""))
@@ -51,6 +53,6 @@ def read_array(file, content):
             return
         try:
             record, place = decoder.raw_decode(content, place)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}:{line}: not valid JSON: {error}") from None
         yield line, record, None
