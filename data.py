@@ -137,9 +137,10 @@ class Tokenizer:
         def token_id(kind):
             token = settings.get(f"{kind}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            if token is not None and not isinstance(token, str):
-                raise UserError(f"{path}: {kind}_token is {token!r:.80}, expected text")
-            return fast.token_to_id(token) if token else None
+            try:
+                return fast.token_to_id(token) if token else None
+            except (TypeError, UnicodeEncodeError):  # no text, or half of a surrogate pair
+                raise UserError(f"{path}: {kind}_token is {token!r:.80}, expected text") from None
 
         stop = settings.get("eos_token_id", [])
         stop = stop if isinstance(stop, list) else [stop]

@@ -30,7 +30,7 @@ from engine.checkpoint import Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
-from model import typed, write_json, written
+from model import fits, typed, write_json, written
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("auto", *formats.TEMPLATES)
@@ -546,9 +546,24 @@ def read_run(run_dir):
     run_dir = Path(run_dir)
     if not (run_dir / "adapter.safetensors").exists():
         raise UserError(f"{run_dir} holds no adapter.safetensors; expected a run folder such as out/multilora")
-    saved = read_json(run_dir / "config.json")
+    file = run_dir / "config.json"
+    saved = read_json(file)
+
+    def part(of, key, kind):
+        if not fits(of.get(key), kind):
+            raise UserError(f"{file}: {key} is {of.get(key)!r:.80}, expected {kind.__name__}")
+        return of[key]
+
     if "asked" in saved:
-        saved |= {"settings": saved["asked"]["settings"], "method_settings": saved["settled"]}
+        asked = part(saved, "asked", dict)
+        saved |= {"settings": part(asked, "settings", dict), "method_settings": part(saved, "settled", dict),
+                  "base": part(asked, "base", dict)}
+    else:
+        part(saved, "base_sha256", str)
+    for key, kind in (("method", str), ("settings", dict), ("method_settings", dict)):
+        part(saved, key, kind)
+    if saved.get("template", "auto") not in TEMPLATES:
+        raise UserError(f"{file}: template is {saved['template']!r:.80}, expected one of {', '.join(TEMPLATES)}")
     if saved["method"] not in find_methods():
         raise UserError(f"{run_dir} is a run of the method {saved['method']!r}, whose file is not here")
     for key, cls in (("settings", Config), ("method_settings", type(method_of(saved["method"])[1]))):
@@ -567,8 +582,8 @@ def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
     if not base.is_dir():
         raise UserError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
     weights = sorted(base.glob("*.safetensors"))
-    if "asked" in saved:
-        same = all(saved["asked"]["base"].get(file.name) == digest(file) for file in weights)
+    if "base" in saved:
+        same = all(saved["base"].get(file.name) == digest(file) for file in weights)
     else:
         same = saved["base_sha256"] == digest(*weights)
     if not same:

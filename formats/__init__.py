@@ -11,8 +11,10 @@ from pathlib import Path
 from data import Suite
 from formats.files import read_records
 from formats.known import FORMATS
-from formats.templates import TEMPLATES
+from formats.templates import TEMPLATES, named
 from model import UserError
+
+__all__ = ["FORMATS", "TEMPLATES", "load", "name_and_file", "named", "read_files", "read_records", "task_name"]
 
 
 def task_name(file):
@@ -91,7 +93,7 @@ def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="
 
     mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
     """
-    apply, rows = TEMPLATES[template].apply, read_files(files, skip_bad)
+    apply, rows = named(template).apply, read_files(files, skip_bad)
     held = read_files(eval_files, skip_bad)
     general = read_files(general_files, skip_bad)
     solved = read_files(shot_files, skip_bad) if shots else {}

@@ -6,6 +6,7 @@ BOS and EOS are the tokenizer's business (data.encode).
 from dataclasses import dataclass, replace
 
 from data import Segment
+from model import UserError
 
 
 def fill(form, *pieces, trained=False):
@@ -69,3 +70,10 @@ TEMPLATES = {
                        system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n{} [/INST]"),
     "llama3": Template(LLAMA3, LLAMA3, system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>" + LLAMA3),
 }
+
+
+def named(name):
+    """The Template of this name. Raises UserError, listing the names, where there is none."""
+    if not isinstance(name, str) or name not in TEMPLATES:
+        raise UserError(f"there is no template {name!r:.80}; known: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

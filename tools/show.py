@@ -7,7 +7,7 @@
 from base import suite
 from data import Tokenizer, encode
 from engine.flags import Parser, command_line
-from formats import FORMATS, TEMPLATES, read_files
+from formats import FORMATS, TEMPLATES, named, read_files
 
 
 def as_text(example):
@@ -32,7 +32,7 @@ def sizes(encoded):
 
 def show_files(args, tokenizer):
     """Prints a row for each task; returns {task: its first Example}."""
-    template, shown = TEMPLATES[args.template or tokenizer.template or "plain"], {}
+    template, shown = named(args.template or tokenizer.template or "plain"), {}
     tasks = read_files(args.files, args.skip_bad_rows)
     line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}".format
     print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained"))
