@@ -97,7 +97,7 @@ class LlamaConfig:
         sizes = [f.name for f in fields(cls)[:5]]
         if absent := [name for name in sizes if raw.get(name) is None]:
             refuse(absent[0], "a positive integer")
-        known = typed(cls, {key: value for key, value in raw.items() if value is not None}, where)
+        known = typed(cls, {k: value for k, value in raw.items() if value is not None and k != "rope_scaling"}, where)
         for name in (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if not 0 < known.get(name, 1) < 2**40:
                 refuse(name, "a positive integer")
@@ -106,10 +106,11 @@ class LlamaConfig:
                 refuse(name, "a positive number")
 
         # Newer files say everything about RoPE in one dictionary, older ones in `rope_theta` and `rope_scaling`.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{where}: RoPE scaling is {rope!r}, expected null or an object with rope_type and factor")
-        rope = dict(rope)
+        for rope in (raw.get("rope_parameters"), raw.get("rope_scaling")):
+            if rope is not None and not isinstance(rope, dict):
+                raise UserError(f"{where}: RoPE scaling is {rope!r:.80}, expected null or an object with rope_type and "
+                                "factor")
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
         rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
         required = {"default": (), "linear": ("factor",), "llama3": (

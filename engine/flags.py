@@ -24,9 +24,9 @@ def program():
     return spec.name if spec else Path(sys.argv[0]).name
 
 
-def fail(message):
+def fail(message, prog=None):
     """Ends the program with exit code 2 and one line of at most 300 characters."""
-    text = f"{program()}: error: {message}".replace("\n", "\\n")
+    text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
     print(text if len(text) <= 300 else text[:297] + "...", file=sys.stderr)
     sys.exit(2)
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
 
     def error(self, message):
-        fail(message)
+        fail(message, self.prog)
 
     def parse_args(self, argv=None, namespace=None):
         args, unknown = self.parse_known_intermixed_args(argv, namespace)

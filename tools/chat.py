@@ -32,7 +32,7 @@ def answer_all(tokenizer, tokens, file, out, complete, room, generator, batch=32
         if error or type(record) is not dict or not isinstance(record.get("instruction"), str):
             raise UserError(f"{file}:{line}: {error or 'no field instruction with text'}")
         records.append(record)
-    said = [[Segment(r["instruction"], "user"), *[Segment(r["input"], "input")] * bool(r.get("input"))]
+    said = [[Segment(r["instruction"], "user"), *([Segment(r["input"], "input")] if r.get("input") else [])]
             for r in records]
     prompts = [tokens(segments) for segments in said]
     if long := sum(len(p) > room for p in prompts):

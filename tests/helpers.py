@@ -1,0 +1,222 @@
+"""What several test files use: running programs, tiny models, short runs, records in files."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+import data
+import train
+from base import suite as builtin
+from model import Llama, LlamaConfig, UserError
+
+torch.set_num_threads(1)  # these models are small, and two spinning threads on a busy core take seconds for a product
+HERE = Path(__file__).resolve().parent.parent
+BASE = HERE / "base"
+FIXTURES = HERE / "tests" / "fixtures"
+REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
+TINY = REAL / "tinystories-656k"
+SOURCES = ("csreft.py", "multilora.py", "cofitune.py", "model.py", "data.py", "train.py", "engine", "formats", "base")
+QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--log-every", "3")
+SEARCH = ("--method", "cofitune", "--tasks", "currency", "--steps", "3", "--search-steps", "2", "--batch-size", "4",
+          "--eval-limit", "2", "--importance-batches", "2")
+
+# ---------------------------------------------------------------------------------------------- programs
+
+
+def start(*args, cwd=HERE, **options):
+    """A program of the project as a user starts it: start("train.py", ...) or start("-m", "tools.chat", ...)."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, **options)
+
+
+def cli(*args, cwd=HERE, code=0, stdin=""):
+    """The same, waited for: its finished process, after checking the exit code."""
+    process = start(*args, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(stdin, timeout=600)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out[-2000:]}\n{err[-2000:]}"
+    return subprocess.CompletedProcess(process.args, code, out, err)
+
+
+def here(*args, cwd=HERE, code=0):
+    """The same in this process, which has imported everything already. Returns what it printed."""
+    *module, program = args[:2] if args[0] == "-m" else args[:1]
+    out, err, argv, folder, got = io.StringIO(), io.StringIO(), sys.argv, Path.cwd(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        os.chdir(cwd)
+        sys.argv = list(map(str, args[len(module) :]))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the module may have been imported before
+            if module:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(program), run_name="__main__")
+    except SystemExit as end:
+        got = end.code or 0
+    finally:
+        os.chdir(folder)
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = out.getvalue(), err.getvalue()
+    assert got == code, f"exit code {got}\n{out[-2000:]}\n{err[-2000:]}"
+    return subprocess.CompletedProcess(args, got, out, err)
+
+
+def one_line_error(*args, cwd=HERE, run=here):
+    """The message of a command that must fail as a user's mistake: exit code 2, one line, no traceback."""
+    done = run(*args, cwd=cwd, code=2)
+    lines = done.stderr.strip().splitlines()
+    name = args[1] if args[0] == "-m" else Path(args[0]).name
+    assert len(lines) == 1 and lines[0].startswith(f"{name}: error: "), done.stderr
+    assert "Traceback" not in done.stdout
+    return lines[0]
+
+
+def refused(load, path, *words):
+    """load(path) raises what a program shows as one line: a UserError that names the path, with these words."""
+    with pytest.raises(UserError) as error:
+        load(path)
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in (str(path), *words)), text
+
+
+def json_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def tiny(dtype=torch.float32, seed=0, **changes):
+    """A random two-layer model; norms and biases are randomised too, so that one which is not used shows."""
+    shape = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = Llama(LlamaConfig(**{**shape, **changes})).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+            p.copy_(1 + 0.2 * noise if p.dim() == 1 else 0.15 * noise)
+    return model.eval()
+
+
+def perturb(model, scale=0.1, seed=1):
+    """Stands in for training: moves every trainable tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype))
+
+
+def random_ids(model, batch=3, length=11, seed=2):
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def greedy_without_cache(model, prompt, new, stop):
+    ids = list(prompt)
+    while len(ids) < len(prompt) + new:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] in stop:
+            return ids[len(prompt):-1]
+    return ids[len(prompt):]
+
+
+def their_logits(path, ids):
+    """What transformers computes from the checkpoint in this folder."""
+    transformers = pytest.importorskip("transformers")
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()(ids).logits
+
+
+# ---------------------------------------------------------------------------------------------- methods and data
+
+
+def settled(name):
+    """(module, Config) of a method, with what a search would choose filled in."""
+    method, config = train.method_of(name)
+    return method, replace(config, layers="25%-50%") if getattr(config, "layers", "") == "search" else config
+
+
+@cache
+def builtin_examples():
+    """(tokenizer, encoded training examples of two built-in tasks)"""
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+    suite = builtin.load("currency,cipher", limit=1)
+    return tokenizer, data.encode(suite.train, tokenizer, suite.names)
+
+
+def trained_on_builtin(method, method_config, steps=4, dtype=torch.float32, log=None, **changes):
+    """(model, adapter) after a few steps on the built-in suite, in this process. log(adapter, record) looks on."""
+    config = train.Config(steps=steps, **{"batch_size": 8, "lr": 1e-2, **changes})
+    tokenizer, examples = builtin_examples()
+    model = Llama.from_pretrained(BASE, dtype=dtype)
+    torch.manual_seed(config.seed)
+    adapter = train.start_adapter(model, method, method_config)
+    train.train(model, adapter, examples, config, tokenizer.pad_id, log and (lambda record: log(adapter, record)))
+    return model, adapter
+
+
+def tokenizer_folder(path, before="<s> $A", **settings):
+    """The built-in tokenizer with another post-processor (None: none) and these files beside it, without .json."""
+    shutil.copytree(BASE, path, ignore=shutil.ignore_patterns("pretraining", "*.safetensors", "*.py", "__pycache__"))
+    fast = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json"))
+    fast.enable_truncation(4)  # left over from somebody's training, and not to be applied
+    fast.enable_padding(length=9)
+    if before:
+        fast.post_processor = tokenizers.processors.TemplateProcessing(
+            single=before, special_tokens=[("<s>", 1), ("</s>", 2)])
+    raw = json.loads(fast.to_str())
+    (path / "tokenizer.json").write_text(json.dumps(raw if before else {**raw, "post_processor": None}))
+    for name, content in settings.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+QUIZ = {"question": "2 + 2?", "A": "3", "B": "4", "C": "5, or 6", "D": "7"}
+NUMBERED = {"question": "2 + 2?", "choice0": "3", "choice1": "4", "choice2": "5, or 6", "choice3": "7"}
+PASSAGE = {"passage": "Ice floats.", "question": "does ice float"}
+CLAIM = {"premise": "It rains.", "hypothesis": "It is wet."}
+WORD = {"word": "bank", "sentence1": "A river bank.", "sentence2": "A bank of fog."}
+COPA = {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "cause", "label": 0}
+
+
+def written(path, records, form="lines"):
+    """A file of records as a JSON array, as JSON lines, or as CSV with or without a header."""
+    if form.startswith("csv"):
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f)
+            writer.writerows(([list(records[0])] if form == "csv" else []) + [list(r.values()) for r in records])
+    else:
+        path.write_text(json.dumps(records, indent=1) if form == "array" else "\n".join(map(json.dumps, records)))
+    return path
+
+
+def number_by_hand(text):
+    """GSM8K's rule spelled out: after the first "#### " that a number can follow, as far as it goes."""
+    for start in range(len(text)):
+        if text.startswith("#### ", start):
+            rest = text[start + 5 :]
+            sign, rest = ("-", rest[1:]) if rest[:1] == "-" else ("", rest)
+            digits = rest[: len(rest) - len(rest.lstrip("0123456789.,"))]
+            if digits:
+                return (sign + digits).replace(",", "")
+    return None

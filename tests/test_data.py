@@ -1,0 +1,273 @@
+"""Examples, the tokenizer, the built-in suite, batches and scores: against the files' own rules, greedy decoding, and
+loops with transformers."""
+
+import json
+import math
+import random
+import re
+import statistics
+import zlib
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import tokenizers
+import torch
+
+import data
+from base import suite as builtin
+from data import Segment
+from formats import TEMPLATES, read_files, with_shots
+from formats.known import example, gsm8k
+from model import Llama, LlamaConfig
+from tests.helpers import BASE, COPA, cli, greedy_without_cache, refused, tokenizer_folder, written
+
+# ---------------------------------------------------------------------------------------------- the tokenizer
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.mark.parametrize("before, add_bos, adds", [
+    ("<s> $A", None, True),
+    ("<s> $A", True, True),
+    ("<s> $A", False, False),
+    (None, None, False),
+    (None, True, True),
+    (None, False, False),
+    ("<s> $A </s>", True, True),
+    ("$A", True, True),
+])
+def test_bos_is_put_first_as_the_files_say(tmp_path, before, add_bos, adds):
+    folder = tokenizer_folder(tmp_path / "x", before, tokenizer_config={
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, "add_eos_token": False, **NAMES})
+    tokenizer = data.Tokenizer.from_pretrained(folder)
+    plain = data.Tokenizer.from_pretrained(BASE).encode("Reverse: a b c d", start=False)
+    assert len(plain) > 4 and tokenizer.encode("Reverse: a b c d") == [1] * adds + plain
+    assert tokenizer.encode("Reverse: a b c d", start=False) == plain
+
+
+@pytest.mark.parametrize("settings, eos, stop, pad", [
+    ({"tokenizer_config": {**NAMES, "pad_token": "<pad>"}}, 2, {2}, 0),
+    ({"tokenizer_config": {**NAMES, "pad_token": None}}, 2, {2}, 2),
+    ({"tokenizer_config": {**NAMES, "pad_token": "[PAD]"}}, 2, {2}, 2),
+    ({"tokenizer_config": NAMES, "generation_config": {"eos_token_id": [2, 40, 41]}}, 2, {2, 40, 41}, 2),
+    ({"tokenizer_config": {"eos_token": "a"}, "generation_config": {"eos_token_id": [2, 41]}}, "a", {2, 41, "a"}, "a"),
+    ({"tokenizer_config": {}, "special_tokens_map": {"eos_token": {"content": "a"}}}, "a", {2, "a"}, "a"),
+    ({"tokenizer_config": {}, "generation_config": {"eos_token_id": [41, 40]}}, 40, {40, 41}, 40),
+    ({"tokenizer_config": {}}, 2, {2}, 2),
+], ids=str)
+def test_eos_and_pad_come_from_the_files(tmp_path, settings, eos, stop, pad):
+    tokenizer = data.Tokenizer.from_pretrained(tokenizer_folder(tmp_path / "x", **settings))
+    number = lambda token: tokenizer.fast.token_to_id(token) if isinstance(token, str) else token
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (number(eos), number(pad))
+    assert tokenizer.stop_ids == {number(token) for token in stop}
+
+
+def test_broken_tokenizer_files_are_refused_in_one_line(tmp_path):
+    load, folder = data.Tokenizer.from_pretrained, tokenizer_folder(tmp_path / "x")
+    for name in ("config", "generation_config", "special_tokens_map", "tokenizer_config"):
+        kept = (folder / f"{name}.json").read_text() if (folder / f"{name}.json").exists() else "{}"
+        for wrong in ('{"eos_token": ', "[]", "", '"x"'):
+            (folder / f"{name}.json").write_text(wrong)
+            refused(load, folder, f"{name}.json", "JSON")
+        (folder / f"{name}.json").write_bytes(b"\xff\xfe{}")
+        refused(load, folder, f"{name}.json", "JSON")
+        (folder / f"{name}.json").write_text(kept)
+    load(folder)
+    file = folder / "tokenizer.json"
+    fast = tokenizers.Tokenizer.from_file(str(file))
+    fast.add_tokens(["<extra>"])  # the vocabulary has 512 entries, as many as the model's embedding
+    fast.save(str(file))
+    refused(load, folder, "tokenizer.json", "'<extra>' has id 512, expected less than vocab_size 512", "another model")
+    for wrong in ("{}", "not JSON", file.read_text()[:5000], '{"model": {"type": "Unigram"}}'):
+        file.write_text(wrong)
+        refused(load, folder, "tokenizer.json", "does not parse")
+    file.rename(folder / "tokenizer.model")
+    refused(load, folder, "no tokenizer.json, only tokenizer.model", "save it with")
+    (folder / "tokenizer.model").unlink()
+    refused(load, folder, "has no tokenizer.json")
+
+
+# ---------------------------------------------------------------------------------------------- the built-in suite
+
+
+@cache
+def texts(name, split):
+    """[(prompt, answer)] of a built-in task; made once."""
+    return [(prompt, answer) for (prompt, _), (answer, _) in (e.texts() for e in builtin.generate(name, split))]
+
+
+@pytest.mark.parametrize("tasks", [pytest.param(builtin.GENERAL, id="general", marks=pytest.mark.slow),
+                                   pytest.param(builtin.NEW | builtin.HARD, id="new")])
+def test_splits_share_no_prompt_and_skills_share_no_operands(tasks):
+    for name in tasks:
+        prompts = {split: {prompt for prompt, _ in texts(name, split)} for split in builtin.SPLITS}
+        assert not prompts["train"] & prompts["validation"] and not prompts["train"] & prompts["test"], name
+        assert not prompts["validation"] & prompts["test"], name
+        assert len(prompts["test"]) >= 200, name
+    sums = "add" if "add" in tasks else "subtract"
+    numbers = lambda split: {tuple(sorted(re.findall(r"\d+", prompt))) for prompt, _ in texts(sums, split)}
+    assert not numbers("train") & numbers("test"), "12 + 34 is the same problem as 34 + 12"
+
+
+def test_every_fact_that_is_tested_was_trained_on():
+    for name, (aspect, _) in builtin.TASKS.items():
+        if aspect in ("knowledge", "facts"):
+            answers = {split: {answer for _, answer in texts(name, split)} for split in builtin.SPLITS}
+            assert answers["test"] <= answers["train"], name
+
+
+def test_the_suite_is_the_same_in_every_process():
+    code = "repr([suite.generate(name, 'test') for name in suite.TASKS]).encode()"
+    elsewhere = cli("-c", f"import zlib; from base import suite; print(zlib.crc32({code}))").stdout
+    assert int(elsewhere) == zlib.crc32(eval(code, {"suite": builtin}))
+
+
+def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
+    """What README claims of base/, on 50 unseen prompts of each task."""
+    results = json.loads((BASE / "pretraining" / "results.json").read_text())
+    assert results["versatility"] >= 97 and all(s["group"] == "general" for s in results["tasks"].values())
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    suite = data.encode_suite(replace(builtin.load("hard", limit=50), train=[]), tokenizer, 512)
+    assert suite.tests.keys() == builtin.TASKS.keys() and all(len(tests) == 50 for tests in suite.tests.values())
+    scores = data.evaluate(model, suite, tokenizer)
+    mean = lambda tasks: statistics.mean(scores[task]["exact match"] for task in tasks)
+    assert mean(builtin.GENERAL) >= 97 and mean(builtin.NEW) < 10 and mean(builtin.HARD) < 10
+
+
+# ---------------------------------------------------------------------------------------------- examples and batches
+
+
+def test_only_the_answer_and_its_eos_are_trained_on():
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+    said = [Segment("Say hi."), Segment("hi", trained=True), Segment("Again."), Segment("hi hi", trained=True)]
+    encoded = data.encode([data.Example("t", said)], tokenizer, ["t"])[0]
+    trained = [i for i, label in zip(encoded.ids, encoded.labels) if label != -100]
+    assert tokenizer.fast.decode(trained, skip_special_tokens=False) == "hi</s>hi hi</s>"
+    assert encoded.ids[0] == tokenizer.bos_id and encoded.ids.count(tokenizer.bos_id) == 1
+    assert encoded.labels[: encoded.prompt] == [-100] * encoded.prompt and encoded.labels[encoded.prompt] != -100
+    batch = data.collate([encoded, replace(encoded, ids=encoded.ids[:5], labels=encoded.labels[:5], prompt=3)], 0)
+    assert batch.ctx.prompt_mask.sum(1).tolist() == [encoded.prompt, 3]
+    assert (batch.ids[1, 5:] == 0).all() and (batch.labels[1, 5:] == -100).all()
+
+
+def test_long_examples_are_cut_to_fit_or_dropped_and_counted():
+    make = lambda prompt, answer: data.Encoded([1] + [5] * (prompt - 1) + [7] * answer, [-100] * prompt + [7] * answer,
+                                               prompt, 0, gold="x")
+    lengths = [(5, 3), (30, 3), (4, 30), (30, 30)]
+    kept, count = data.fit([make(*n) for n in lengths], 20, "cut")
+    assert count == 3 and [(e.prompt, len(e.ids)) for e in kept] == [(5, 8), (17, 20), (4, 20), (10, 20)]
+    for e in kept:
+        assert e.ids[0] == 1 and e.labels == [-100] * e.prompt + [7] * (len(e.ids) - e.prompt)
+    kept, count = data.fit([make(*n) for n in lengths], 20, "drop")
+    assert count == 3 and [len(e.ids) for e in kept] == [8]
+
+
+def test_an_epoch_draws_every_example_once_with_similar_lengths_together():
+    examples = [data.Encoded([0] * (5 + i % 60), [0] * (5 + i % 60), 1, i) for i in range(320)]
+    draws = data.draw(examples, 10, seed=0)
+    epoch = [next(draws) for _ in range(32)]
+    assert sorted(e.task for group in epoch for e in group) == list(range(320))
+    spread = [max(len(e.ids) for e in g) / min(len(e.ids) for e in g) for g in epoch]
+    assert sorted(spread)[len(spread) // 2] <= 1.5 and [e.task for e in epoch[0]] != [e.task for e in epoch[1]]
+    assert [[e.task for e in next(data.draw(examples, 10, seed=s))] for s in (0, 0)][0] == [e.task for e in epoch[0]]
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def test_exact_match_equals_greedy_decoding():
+    """Scoring under teacher forcing gives the verdict of generating and comparing, on right and on wrong answers."""
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    examples = [e for name in ("capital", "add", "count", "cipher") for e in builtin.generate(name, "test")[:25]]
+    encoded = data.encode(examples, tokenizer, list(builtin.TASKS))
+    found = [hit for *_, hit in data.answer_scores(model, encoded, tokenizer.pad_id, 16)]
+    wanted = [greedy_without_cache(model, e.ids[: e.prompt], len(e.ids) - e.prompt + 3, tokenizer.stop_ids)
+              == e.ids[e.prompt : -1] for e in encoded]
+    assert found == wanted and 0 < sum(found) < len(found)
+
+
+def test_choices_are_scored_as_a_naive_loop_with_transformers_does(tmp_path):
+    """Each choice on its own, no batch, no padding: log-probabilities summed, and divided by the choice's bytes."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    quiz = [{"question": f"What is {a} + {b}?", "A": str(a + b), "B": "one hundred", "C": str(b), "D": "ä",
+             "answer": "ABCD"[(a + b) % 4]} for a, b in zip(range(10, 40), range(31, 61))]
+    copa = [{**COPA, "premise": f"Job {i}.", "choice1": "Zq", "choice2": "the job of " * i, "label": int(i % 3 == 1)}
+            for i in range(1, 20)]
+    files = [written(tmp_path / "quiz.csv", quiz, "csv"), written(tmp_path / "copa.jsonl", copa)]
+    for name, (kind, rows) in read_files(map(str, files)).items():
+        rows = [with_shots(row, rows[:2]) for row in rows] if kind == "mmlu" else rows
+        examples = [TEMPLATES["short"].apply(row) for row in rows]
+        raw = by_byte = 0
+        for e in examples:
+            (prompt, _), (answer, _) = e.texts()
+            sums = []
+            for choice in e.choices:
+                before, ids = tokenizer.encode(prompt), tokenizer.encode(choice, start=False)
+                with torch.no_grad():
+                    chances = theirs(torch.tensor([before + ids])).logits[0].log_softmax(-1)
+                sums.append(sum(chances[len(before) + i - 1, t].item() for i, t in enumerate(ids)))
+            rates = [s / len(c.strip().encode()) for s, c in zip(sums, e.choices)]
+            raw += e.choices[sums.index(max(sums))] == answer
+            by_byte += e.choices[rates.index(max(rates))] == answer
+        got = data.choice(model, data.encode(examples, tokenizer, [name]), tokenizer, 16, 0)
+        assert list(got.values()) == pytest.approx([100 * raw / len(rows), 100 * by_byte / len(rows)])
+        assert kind == "mmlu" or got["choice"] != got["choice, by byte"], "both alike: the test shows nothing"
+
+
+def test_loss_is_that_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    file = written(tmp_path / "a.json", [{"text": "abc " * n} for n in (1, 5, 9)], "array")
+    rows = read_files([str(file)])["a"][1]
+    encoded = data.encode([TEMPLATES["plain"].apply(row) for row in rows], tokenizer, ["a"])
+    total = count = 0
+    for e in encoded:
+        ids = torch.tensor([e.ids])
+        with torch.no_grad():
+            total += theirs(ids, labels=ids).loss.item() * (len(e.ids) - 1)
+        count += len(e.ids) - 1
+    got = data.loss(model, encoded, tokenizer, 2, 0)
+    assert got["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_generated_answers_to_gsm8k_are_read_and_compared():
+    """A model that says one thing whatever it is asked: right where that is the answer."""
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+
+    class Parrot:
+        config, device = LlamaConfig.from_dict(json.loads((BASE / "config.json").read_text())), "cpu"
+
+        def generate(self, prompts, new, stop):
+            assert all(p[0] == tokenizer.bos_id for p in prompts) and stop == tokenizer.stop_ids and new == 64
+            return [tokenizer.encode("so\n#### 1,200\n#### 5", start=False) for _ in prompts]
+
+    rows = [example(("q" * n, f"#### {a}")) for n, a in ((9, "1200"), (3, "5"), (5, "1,200"), (1, "12"))]
+    encoded = data.encode([TEMPLATES["plain"].apply(row) for row in rows], tokenizer, [""])
+    assert gsm8k(Parrot(), encoded, tokenizer, 3, 64) == {"final answer": 50.0}
+
+
+def test_means_are_over_the_tasks_of_a_group_that_are_scored_in_percent():
+    group = {"a": "new", "b": "new", "c": "new", "d": "general", "e": "general"}
+    suite = data.Suite([], [], {}, group, {}, {"a": data.exact, "b": data.choice, "c": data.loss, "d": data.exact,
+                                               "e": data.loss})
+    scores = {"a": {"exact match": 10.0}, "b": {"choice": 20.0, "choice, by byte": 90.0}, "c": {"loss": 5.0},
+              "d": {"exact match": 40.0}, "e": {"loss": 7.0}}
+    assert suite.means(scores) == (15.0, 40.0)
+    assert suite.means({task: scores[task] for task in "ace"}) == (10.0, None)
+
+
+def test_standard_errors_of_the_means_are_those_of_independent_answers():
+    """Oracle: the scatter of means over many draws of the examples."""
+    rng, hits = random.Random(0), {"a": (0.3, 50), "b": (0.8, 20)}
+    suite = data.Suite([], [], {task: [None] * n for task, (_, n) in hits.items()}, dict.fromkeys(hits, "new"), {},
+                       dict.fromkeys(hits, data.exact))
+    draws = [{task: {"": data.percent([rng.random() < p for _ in range(n)])} for task, (p, n) in hits.items()}
+             for _ in range(2000)]
+    scatter = statistics.stdev(suite.means(draw)[0] for draw in draws)
+    error, none = suite.errors({task: {"": 100 * p} for task, (p, _) in hits.items()})
+    assert error == pytest.approx(scatter, rel=0.05) and none == 0

@@ -1,0 +1,245 @@
+"""The programs for a person, run as a person runs them: chat, export, show, pretrain."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+from base import suite as builtin
+from formats import TEMPLATES
+from formats.known import example
+from model import Llama
+from tests.helpers import (
+    BASE, COPA, PASSAGE, QUICK, cli, here, json_lines, one_line_error, random_ids, written)
+
+# ---------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_answers_a_prompt_with_flags_before_or_behind_it():
+    text = cli("-m", "tools.chat", "base", "--max-new-tokens", "8", "What is 21 + 34?", "--device", "cpu").stdout
+    assert text.splitlines()[0] == "55" and "tokens/s" in text
+    for args in (["base", "What is 21 + 34?", "--max-new-tokens", "8"], ["--seed", "3", "base", "What is 21 + 34?"]):
+        assert here("-m", "tools.chat", *args).stdout.splitlines()[0] == "55", args
+
+
+def test_chat_with_an_adapter_samples_by_seed(runs):
+    out = runs("--method", "multilora", *QUICK)
+    said = [here("-m", "tools.chat", "base", "Hi", "--adapter", out, "--temperature", "3", "--seed", seed).stdout
+            for seed in (1, 1, 2)]
+    said = [text.rsplit("\n[", 1)[0] for text in said]
+    assert said[0] == said[1] != said[2]
+    model, tokenizer = train.load_run(out, base=BASE)[0], data.Tokenizer.from_pretrained(BASE)
+    prompt = tokenizer.encode(TEMPLATES["short"].apply(example(("Reverse: a b c d", ""))).texts()[0][0])
+    wanted = tokenizer.decode(model.generate([prompt], 64, tokenizer.stop_ids)[0])
+    plain, tuned = (here("-m", "tools.chat", "base", "Reverse: a b c d", *more).stdout.split("\n[")[0]
+                    for more in ((), ("--adapter", out)))
+    assert plain == "d c b a" and tuned == wanted
+
+
+def test_a_conversation_goes_on_with_what_was_said(monkeypatch):
+    """Oracle: the turns spelled out in the template that the base was trained with, an EOS behind each answer."""
+    questions = ["What is 21 + 34?", "Write backwards: a b c d"]
+    done = cli("-m", "tools.chat", "base", stdin="\n".join([*questions, "", "never read"]))
+    answers = [line.removeprefix("> ") for line in done.stdout.splitlines() if "tokens/s" not in line]
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    ids, wanted = [], []
+    for question in questions:
+        text = f"{'' if not ids else chr(10) * 2}### Instruction:\n{question}\n\n### Response:\n"
+        ids += tokenizer.encode(text, start=not ids)
+        answer = model.generate([ids], 64, tokenizer.stop_ids)[0]
+        wanted.append(tokenizer.decode(answer))
+        ids += [*answer, tokenizer.eos_id]
+    assert wanted[0] == "55" and [a for a in answers if a] == [a for a in wanted if a]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "tokens/s" not in here("-m", "tools.chat", "base").stdout
+
+
+def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
+    orders = [{"instruction": "What is 21 + 34?", "dataset": "sums"}, {"instruction": "Reverse:", "input": "a b c"},
+              {"instruction": "a b " * 700}]
+    file, outputs = written(tmp_path / "orders.json", orders, "array"), tmp_path / "new" / "outputs.json"
+    args = ("-m", "tools.chat", "base", "--prompts", file, "--outputs", outputs, "--max-new-tokens", "8")
+    done = cli(*args, "--generator", "ours")
+    assert "1 prompts are longer than" in done.stderr and "3 answers" in done.stdout
+    found = json.loads(outputs.read_text())
+    assert [(o["dataset"], o["instruction"], o["generator"]) for o in found] == [
+        ("sums", orders[0]["instruction"], "ours"), ("orders", orders[1]["instruction"], "ours"),
+        ("orders", orders[2]["instruction"], "ours")]
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    asked = TEMPLATES["short"].apply(example(("Reverse:", ""), given="a b c")).texts()[0][0]
+    answer = model.generate([tokenizer.encode(asked)], 8, tokenizer.stop_ids)[0]
+    assert found[0]["output"] == "55" and found[1]["output"] == tokenizer.decode(answer).strip()
+    assert "is there already" in one_line_error(*args)
+    written(file, [{"instruction": "fine"}, {"prompt": "none"}])
+    message = one_line_error(*args[:-3], tmp_path / "other.json")
+    assert f"{file}:2: no field instruction" in message and not (tmp_path / "other.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+def test_an_exported_checkpoint_has_the_runs_logits_and_the_bases_tokenizer(runs, tmp_path):
+    out, merged = runs("--method", "multilora", *QUICK), tmp_path / "merged"
+    cli("-m", "tools.export", out, "--hf", merged)
+    wanted = train.load_run(out, base=BASE)[0]
+    ids = random_ids(wanted, 2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(Llama.from_pretrained(merged)(ids), wanted(ids), atol=1e-4, rtol=0)
+        assert (wanted(ids) - Llama.from_pretrained(BASE)(ids)).abs().max() > 1e-3
+    tokenizers = [data.Tokenizer.from_pretrained(folder) for folder in (BASE, merged)]
+    assert tokenizers[0].encode("Reverse: a b") == tokenizers[1].encode("Reverse: a b")
+    assert tokenizers[1].template == "short"
+    before = {file: file.read_bytes() for file in merged.iterdir()}
+    assert "holds something already" in one_line_error("-m", "tools.export", out, "--hf", merged)
+    assert {file: file.read_bytes() for file in merged.iterdir()} == before
+    here("-m", "tools.export", out, "--hf", tmp_path / "again", "--base", BASE, cwd=tmp_path)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == before[merged / "model.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["multilora", "lora"])
+def test_an_exported_peft_adapter_has_the_runs_updates(runs, tmp_path, method):
+    """PEFT's rule: W + lora_alpha / r * B A."""
+    out = runs("--method", method, *QUICK)
+    here("-m", "tools.export", out, "--peft", tmp_path / "peft")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    wanted = train.load_run(out, base=BASE)[1].deltas()
+    assert settings["r"] == 12 and len(tensors) == 2 * len(wanted) == 2 * 56
+    for name, delta in wanted.items():
+        A, B = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{kind}.weight"] for kind in "AB")
+        torch.testing.assert_close(settings["lora_alpha"] / settings["r"] * B @ A, delta, atol=1e-6, rtol=1e-5)
+        assert name.split(".")[-2] in settings["target_modules"] and delta.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["multilora", "lora"])
+def test_an_exported_peft_adapter_has_the_same_logits(runs, tmp_path, method):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    out = runs("--method", method, *QUICK)
+    here("-m", "tools.export", out, "--peft", tmp_path / "peft")
+    assert "holds something already" in one_line_error("-m", "tools.export", out, "--peft", tmp_path / "peft")
+    model = train.load_run(out, base=BASE)[0]
+    ids = random_ids(model, 2, 20)
+    base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=0)
+        assert (model(ids) - Llama.from_pretrained(BASE)(ids)).abs().max() > 1e-3
+    assert theirs.peft_config["default"].r == 12
+
+
+def test_what_cannot_be_exported_says_why(runs, tmp_path):
+    out = runs("--method", "csreft", *QUICK)
+    assert "cannot be merged" in one_line_error("-m", "tools.export", out, "--hf", tmp_path / "merged")
+    assert "only MultiLoRA and LoRA" in one_line_error("-m", "tools.export", out, "--peft", tmp_path / "peft")
+    assert not list(tmp_path.iterdir()), "a refused export must leave nothing behind"
+
+
+# ---------------------------------------------------------------------------------------------- show
+
+
+def test_show_tells_what_is_said_and_brackets_what_is_trained_on(tmp_path):
+    quiz = written(tmp_path / "quiz.jsonl", [{**PASSAGE, "label": True}, {**PASSAGE, "label": False}])
+    jobs = written(tmp_path / "jobs.json", [COPA] * 3, "array")
+    text = cli("-m", "tools.show", quiz, f"work={jobs}", "--template", "plain").stdout
+    assert re.search(r"^quiz +boolq +choice +2 ", text, re.M) and re.search(r"^work +copa +choice +3 ", text, re.M)
+    assert re.search(r"user: +Ice floats\.\n +Question: does ice float\?\n +Answer:\n +assistant: +yes\n", text)
+    assert re.search(r"choices: +yes \| no\n", text) and "[</s>]" in text
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+    wanted = [tokenizer.fast.decode([i]) for i in tokenizer.encode(" yes", start=False)]
+    line = next(line for line in text.splitlines() if line.strip().startswith("<s>"))
+    assert re.findall(r"\[(.*?)\]", line) == [*wanted, "</s>"]
+
+
+@pytest.mark.slow
+def test_show_lists_the_built_in_suite():
+    text = cli("-m", "tools.show").stdout
+    for name in builtin.TASKS:
+        assert re.search(rf"^{name} ", text, re.M), name
+    assert "[</s>]" in text
+
+
+# ---------------------------------------------------------------------------------------------- pretrain
+
+
+def check_base(folder):
+    """The folder is a checkpoint with its tokenizer and its record."""
+    model, tokenizer = Llama.from_pretrained(folder), data.Tokenizer.from_pretrained(folder)
+    base = Llama.from_pretrained(BASE)
+    assert {name: t.shape for name, t in model.state_dict().items()} == {
+        name: t.shape for name, t in base.state_dict().items()}
+    assert len(model.generate([tokenizer.encode("Reverse: a b c")], 4)[0]) == 4
+    assert tokenizer.decode(tokenizer.encode("What is 21 + 34?")[1:]) == "What is 21 + 34?"
+    assert len(tokenizer.encode("1234", start=False)) == 4, "each digit is a token of its own"
+    record = folder / "pretraining"
+    results = json.loads((record / "results.json").read_text())
+    assert results["steps"] == 2 and results["tasks"].keys() == builtin.GENERAL.keys()
+    assert json_lines(record / "metrics.jsonl")[-1]["step"] == 2
+    assert "python -m tools.pretrain --steps 2 " in json.loads((record / "config.json").read_text())["command"]
+
+
+def test_pretraining_replaces_a_checkpoint_only_when_told_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(builtin.SIZES, "pretrain", 200)
+    out = tmp_path / "base"
+    args = ("-m", "tools.pretrain", "--steps", "2", "--eval-limit", "2", "--batch-size", "4", "--out", out)
+    here(*args)
+    check_base(out)
+    for name in ("suite.py", "notes.txt", "pretraining/notes.txt"):
+        (out / name).write_text("mine")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert "holds a checkpoint already" in one_line_error(*args, "--seed", "1")
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    here(*args, "--seed", "1", "--overwrite")
+    check_base(out)
+    assert (out / "model.safetensors").read_bytes() != before[out / "model.safetensors"]
+    assert (out / "tokenizer.json").read_bytes() == before[out / "tokenizer.json"]
+    for name in ("suite.py", "notes.txt", "pretraining/notes.txt"):
+        assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_pretraining_makes_a_base_from_nothing(tmp_path):
+    shutil.copy(BASE / "suite.py", tmp_path / "suite.py")
+    cli("-m", "tools.pretrain", "--steps", "2", "--eval-limit", "2", "--out", tmp_path)
+    check_base(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+    assert (tmp_path / "suite.py").read_bytes() == (BASE / "suite.py").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("program, args, names", [
+    ("tools.chat", ["nowhere", "Hello"], ["nowhere", "no such folder"]),
+    ("tools.chat", [], ["checkpoint"]),
+    ("tools.chat", ["base", "Hello", "--adapter", "base"], ["no adapter.safetensors"]),
+    ("tools.chat", ["base", "Hello", "--prompts", "x.json"], ["one of", "--prompts"]),
+    ("tools.chat", ["base", "--prompts", "none.json"], ["none.json", "cannot be read"]),
+    ("tools.chat", ["base", "Hello", "--max-new-tokens", "0"], ["--max-new-tokens must be at least 1"]),
+    ("tools.chat", ["base", "Hello", "--max-new-tokens", "1023"], ["--max-new-tokens 1023", "1024 positions"]),
+    ("tools.chat", ["base", "a b " * 700], ["the prompt has", "room for 960"]),
+    ("tools.chat", ["base", "Hello", "--template", "chatty"], ["chatty", "alpaca"]),
+    ("tools.chat", ["base", "Hello", "--temprature", "1"], ["'--temprature'", "did you mean --temperature"]),
+    ("tools.export", ["base", "--hf", "x"], ["no adapter.safetensors"]),
+    ("tools.export", ["base"], ["one of --hf DIR and --peft DIR"]),
+    ("tools.export", ["base", "--hf", "x", "--peft", "y"], ["one of --hf DIR and --peft DIR"]),
+    ("tools.show", ["none.json"], ["none.json", "cannot be read"]),
+    ("tools.show", ["--base", "nowhere"], ["nowhere"]),
+    ("tools.show", ["--template", "chatty"], ["chatty", "alpaca"]),
+    ("tools.pretrain", ["--steps", "0", "--out", "x"], ["--steps is 0"]),
+    ("tools.pretrain", ["--method", "lora", "--out", "x"], ["'--method'", "--help lists them all"]),
+])
+def test_a_mistake_is_one_clear_line(tmp_path, program, args, names):
+    (tmp_path / "base").symlink_to(BASE)
+    message = one_line_error("-m", program, *args, cwd=tmp_path)
+    assert all(name in message for name in names), message
+    assert [file.name for file in tmp_path.iterdir()] == ["base"], "a refused command must leave nothing behind"
+
+
+def test_a_mistake_is_one_clear_line_in_a_process_of_its_own():
+    assert "nowhere" in one_line_error("-m", "tools.chat", "nowhere", "Hello", run=cli)
