@@ -28,7 +28,9 @@ def text_of(record, *names, empty=False):
     if name is None:
         raise UserError(f"no field {' or '.join(map(repr, names))}")
     if not isinstance(record[name], str) or not (record[name].strip() or empty):
-        raise UserError(f"field {name!r} is {record[name]!r}, expected text")
+        raise UserError(f"field {name!r} is {record[name]!r:.80}, expected text")
+    if re.search("[\ud800-\udfff]", record[name]):
+        raise UserError(f"field {name!r} holds half of a surrogate pair, which is no text")
     return record[name]
 
 
@@ -41,7 +43,7 @@ def labelled(record, prompt, words):
 
 
 def read_chat(record):
-    messages = record["messages"]
+    messages = record.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise UserError("field 'messages' is no list of objects with role and content")
     messages = [(text_of(m, "role"), text_of(m, "content")) for m in messages]

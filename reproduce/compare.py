@@ -656,7 +656,7 @@ def claim_search(args):
     seeds = range(3)
     rows = {"cofitune": "--method cofitune", **{f"sft@{lr:g}": at("--method sft", lr) + f" {SEARCHED}"
                                                 for lr in SFT_RATES}}
-    runs = {(name, seed): Run(f"search-{name}", flags, seed) for seed in seeds for name, flags in rows.items()}
+    runs = {(name, seed): Run(f"search-{name}", flags, seed) for name, flags in rows.items() for seed in seeds}
     results = work(list(runs.values()), args, "CoFiTune by default")
     scores = {name: [as_point(results[runs[name, seed]]) for seed in seeds] for name in rows}
     print(f"\n{'':<14}{'speciality':>16}{'versatility':>16}{'H':>16}   each seed")

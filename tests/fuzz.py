@@ -169,7 +169,8 @@ def flags(rng, folder):
         argv += [rng.choice(names)] + [rng.choice(values)] * rng.randint(0, 2)
     settings, own, _ = train.parse(argv)
     check(settings)
-    check(own)
+    if own:
+        check(own)
     train.place(settings)
 
 
@@ -196,6 +197,8 @@ def child(section, seed, source, folder):
             code = 2 if str(error) else 3
         except SystemExit as end:
             code = end.code
+        except (MemoryError, RuntimeError) as error:  # as engine.flags.command_line has it
+            code = 2 if isinstance(error, MemoryError) or "allocate memory" in str(error) else 3
         except BaseException:
             (folder / "traceback").write_text(traceback.format_exc())
     os._exit(code)

@@ -9,7 +9,7 @@ import pytest
 import train
 from data import Tokenizer
 from model import Llama, UserError
-from tests.helpers import BASE, here, one_line_error, tiny, tokenizer_folder, written
+from tests.helpers import BASE, cli, here, one_line_error, tiny, tokenizer_folder, written
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -142,3 +142,9 @@ def test_bad_rows_are_counted_not_listed(tmp_path):
     text = here("train.py", "--method", "lora", "--data", tmp_path / "many.jsonl", "--skip-bad-rows", "--steps", "1",
                 "--batch-size", "2", "--out", tmp_path / "run").stdout
     assert "20000 bad rows skipped" in text.replace(",", "")
+
+
+@pytest.mark.slow
+def test_mutated_input_ends_in_success_or_one_line():
+    text = cli("-m", "tests.fuzz", "--cases", "2000").stdout
+    assert len(text.splitlines()) == 7 and all("refused" in line for line in text.splitlines())

@@ -29,17 +29,17 @@ def test_chat_answers_a_prompt_with_flags_before_or_behind_it():
 
 
 def test_chat_with_an_adapter_samples_by_seed(runs):
-    out = runs("--method", "multilora", *QUICK)
+    out = runs("--method", "csreft", *QUICK)
     said = [here("-m", "tools.chat", "base", "Hi", "--adapter", out, "--temperature", "3", "--seed", seed).stdout
             for seed in (1, 1, 2)]
     said = [text.rsplit("\n[", 1)[0] for text in said]
     assert said[0] == said[1] != said[2]
     model, tokenizer = train.load_run(out, base=BASE)[0], data.Tokenizer.from_pretrained(BASE)
-    prompt = tokenizer.encode(TEMPLATES["short"].apply(example(("Reverse: a b c d", ""))).texts()[0][0])
+    prompt = tokenizer.encode(TEMPLATES["short"].apply(example((asked := "Name the tool of Zegen.", ""))).texts()[0][0])
     wanted = tokenizer.decode(model.generate([prompt], 64, tokenizer.stop_ids)[0])
-    plain, tuned = (here("-m", "tools.chat", "base", "Reverse: a b c d", *more).stdout.split("\n[")[0]
+    plain, tuned = (here("-m", "tools.chat", "base", asked, *more).stdout.split("\n[")[0]
                     for more in ((), ("--adapter", out)))
-    assert plain == "d c b a" and tuned == wanted
+    assert plain != tuned == wanted
 
 
 def test_a_conversation_goes_on_with_what_was_said(monkeypatch):
@@ -48,14 +48,16 @@ def test_a_conversation_goes_on_with_what_was_said(monkeypatch):
     done = cli("-m", "tools.chat", "base", stdin="\n".join([*questions, "", "never read"]))
     answers = [line.removeprefix("> ") for line in done.stdout.splitlines() if "tokens/s" not in line]
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
-    ids, wanted = [], []
+    ids, wanted, lengths = [], [], []
     for question in questions:
         text = f"{'' if not ids else chr(10) * 2}### Instruction:\n{question}\n\n### Response:\n"
         ids += tokenizer.encode(text, start=not ids)
         answer = model.generate([ids], 64, tokenizer.stop_ids)[0]
+        lengths.append(len(ids))
         wanted.append(tokenizer.decode(answer))
         ids += [*answer, tokenizer.eos_id]
     assert wanted[0] == "55" and [a for a in answers if a] == [a for a in wanted if a]
+    assert [int(n) for n in re.findall(r"\[(\d+) prompt tokens", done.stdout)] == lengths
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "tokens/s" not in here("-m", "tools.chat", "base").stdout
 
