@@ -484,6 +484,16 @@ def compare(args):
 # ---------------------------------------------------------------------------------------------- the claims
 
 
+def against_noise(seeds, spectra):
+    """Claims that a learned update should win against one of noise, if its spectrum were learned."""
+    rank = lambda name: [row["effective_rank"] for row in spectra[name]]
+    far = lambda name: [abs(a - b) for a, b in zip(rank(name), rank("sft"))]
+    return [judge("ΔW's effective rank: MultiLoRA's above that of its untrained start, s = 1", seeds,
+                  rank("multilora"), rank("untrained"), "directions"),
+            judge("ΔW's effective rank, distance from SFT's: the untrained start's above MultiLoRA's", seeds,
+                  far("untrained"), far("multilora"), "directions")]
+
+
 def claim_multilora(args):
     """Accuracy against LoRA at equal total rank and at equal parameter count; the spectra of the learned updates."""
     names = {"sft": METHODS["sft"], "multilora": METHODS["multilora"], "lora": METHODS["lora"],
@@ -517,6 +527,8 @@ def claim_multilora(args):
                   far("lora", ranks), far("multilora", ranks), "directions"),
             judge("ΔW's leading subspace, share that lies in SFT's: MultiLoRA's above LoRA's", seeds,
                   column("multilora", "similarity_to_sft"), column("lora", "similarity_to_sft"), "share")]
+        spectra["untrained"] = [noise(seed) for seed in seeds]
+        claims += against_noise(seeds, spectra)
     section = section_of(args, "multilora")
     sizes = {name: results[runs[name, seeds[0]]]["trainable_parameters"] for name in names}
     show_claims(section, claims)
@@ -639,11 +651,10 @@ def claim_spectrum(args):
             for seed in seeds for name, flags in STARTS.items()}
     results = work(list(runs.values()), args, "the spectrum's controls")
     figures = {name: [spectrum(args.out / runs[name, seed].folder) for seed in seeds] for name in STARTS}
-    figures["noise"] = [noise(seed) for seed in seeds]
     column = lambda name: [row["effective_rank"] for row in figures[name]]
     accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds] for name in STARTS}
     titles = {"scales-alone": "trained scales on A and B as they start", "one-module": "one module of rank 12 with "
-              "scales", "lora-uniform-b": "LoRA with B in MultiLoRA's range", "noise": "A and B untrained, s = 1"}
+              "scales", "lora-uniform-b": "LoRA with B in MultiLoRA's range"}
     claims = [judge(f"ΔW's effective rank: MultiLoRA's above that of {title}", seeds, column("multilora"),
                     column(name), "directions") for name, title in titles.items()]
     show_claims("spectrum", claims)
