@@ -39,7 +39,7 @@ def open_folder(out, asked, overwrite):
         return {}
     saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
     other = "config.json does not say what was asked for"
-    if "asked" in saved:
+    if isinstance(saved.get("asked"), dict):
         other = difference(saved["asked"], asked)
         if other is None:
             return saved
@@ -47,6 +47,8 @@ def open_folder(out, asked, overwrite):
 
 
 def beside(out, kind):
+    """The hidden file or folder of this kind beside a run folder."""
+    out = out.resolve()
     return out.with_name(f".{out.name}.{kind}")
 
 
@@ -59,12 +61,15 @@ def locked(out):
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         while True:
+            held = False
             with open(file, "w") as handle:
                 try:
                     fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise UserError(f"another process works in {out}: wait for it, or choose another --out") from None
-                if not file.exists() or os.fstat(handle.fileno()).st_ino != file.stat().st_ino:
+                with suppress(FileNotFoundError):
+                    held = os.path.samestat(os.fstat(handle.fileno()), file.stat())
+                if not held:
                     continue  # its last holder has just removed it
                 try:
                     repair(out)
@@ -96,7 +101,7 @@ class RunFolder:
     take_place()."""
 
     def __init__(self, out, overwrite=False):
-        self.out = out
+        self.out = out.resolve() if out.is_symlink() else out
         self.path = beside(out, "new") if overwrite and out.exists() else out
 
     def take_place(self):
@@ -151,7 +156,7 @@ def difference(old, new):
             if part.endswith("settings"):
                 return "{} was {}, and is now {}".format(flag(key), *map(repr, values))
             if part in ("base", "data", "code"):
-                values = [v[:8] if v else "absent" for v in values]
+                values = [str(v)[:8] if v else "absent" for v in values]
                 return f"{part} file {key} has changed since (SHA-256 {values[0]} then, {values[1]} now)"
             return "{} was {}, and is now {}".format(key, *values)
 

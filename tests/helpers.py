@@ -149,9 +149,10 @@ def their_logits(path, ids):
 
 
 def settled(name):
-    """(module, Config) of a method, with what a search would choose filled in."""
+    """(module, Config) of a method, with what a search would choose filled in, and few batches for the importance."""
     method, config = train.method_of(name)
-    return method, replace(config, layers="25%-50%") if getattr(config, "layers", "") == "search" else config
+    chosen = {"layers": "25%-50%", "importance_batches": 4} if getattr(config, "layers", "") == "search" else {}
+    return method, replace(config, **chosen)
 
 
 @cache
