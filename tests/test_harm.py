@@ -89,6 +89,7 @@ def test_a_write_that_fails_leaves_something_whole(runs, tmp_path, monkeypatch, 
     assert left(out) == left(runs(*RUN[1:]))
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_one_line_and_the_same_command_goes_on(runs, tmp_path):
     out = tmp_path / "run"
     process = subprocess.run([sys.executable, *RUN, "--out", out], cwd=HERE, capture_output=True, text=True,
@@ -113,6 +114,7 @@ def test_a_folder_that_is_read_is_never_written_to(old, tmp_path):
     assert content(old) == before and content(BASE) == base
 
 
+@pytest.mark.slow
 def test_two_processes_never_work_in_one_folder(tmp_path):
     """Started together: one runs, the other is refused, whichever it is."""
     command = (*RUN, "--steps", "60", "--out", tmp_path / "run")

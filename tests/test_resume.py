@@ -95,8 +95,10 @@ def test_a_run_killed_again_and_again_ends_at_the_same_bytes(tmp_path, name):
     assert "going on from there" in text or "finished: nothing was done" in text
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_at_the_same_bytes(tmp_path):
-    """The small version of the test above: one kill, with a checkpoint and more steps after it."""
+    """One kill, with a checkpoint and more steps after it. (In one process: test_a_checkpoint_is_all_that_a_run_needs.)
+    """
     command = ("train.py", *COMMANDS["multilora with dropout"], "--steps", "60", "--save-every", "8", "--out")
     cli(*command, tmp_path / "whole")
     assert kill((*command, tmp_path / "killed"), lambda: lines(tmp_path / "killed") >= 4)
@@ -105,7 +107,8 @@ def test_a_killed_run_ends_at_the_same_bytes(tmp_path):
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130),
+                                          pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_loses_at_most_the_step_in_hand(tmp_path, number, code):
     out = tmp_path / "run"
     command = ("train.py", "--method", "multilora", *COMMON, "--steps", "4000", "--save-every", "0", "--log-every", "1",
