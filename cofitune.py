@@ -159,7 +159,7 @@ def plan(config, model_config, trial):
     rivals = [harmonic(scores[node])[0] for node in scores if node not in (chosen, ("base", ""), ("SFT", ""))]
     H, error = harmonic(scores[chosen])
     if near := sum(rival > H - error for rival in rivals):
-        print(f"{near} other nodes are within one standard error of the chosen one, {rivals.count(H)} of them equal")
+        print(f"other nodes within one standard error of the chosen one: {near}, {rivals.count(H)} of them equal")
     most_learned = max(scores[node]["speciality"] for node in scores if node != ("SFT", ""))
     if scores[chosen]["speciality"] < most_learned / 2:
         print(f"note: the chosen node learned less than half of what another one did ({most_learned:.1f})")

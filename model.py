@@ -386,7 +386,7 @@ class Llama(nn.Module):
                     raise UserError(f"{files[name]}: tensor {name!r} has shape {shape}, "
                                      f"expected {tuple(target.shape)}")
                 state[name] = tensors.get_tensor(name).to(device, dtype)
-            if not state[name].isfinite().all():
+            if not finite(state[name]):
                 raise UserError(f"{files[name]}: tensor {name!r} holds NaN or infinity: the file is damaged")
         ignored = ("rotary_emb.inv_freq", *((embedding, head) if config.tie_word_embeddings else ()))
         stray = [name for name in files if name not in targets and not name.endswith(ignored)]
@@ -479,6 +479,12 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object: {{...}}")
     return value
+
+
+def finite(tensor):
+    """Whether no number is NaN or infinite. Such show in the sum, which needs no copy; as a sum may overflow too, every
+    number is looked at then."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def fits(value, kind):
@@ -612,7 +618,7 @@ class Adapter:
             raise UserError(f"adapter tensor {name!r} is {'missing' if name in own else 'unexpected'}: "
                              "the file was made with other settings")
         for name, target in own.items():
-            if not tensors[name].isfinite().all():
+            if not finite(tensors[name]):
                 raise UserError(f"adapter tensor {name!r} holds NaN or infinity: the file is damaged")
             if target.shape != tensors[name].shape:
                 raise UserError(f"adapter tensor {name!r} has shape {tuple(tensors[name].shape)}, "

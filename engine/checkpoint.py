@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from safetensors.torch import save_file
 
 from engine.flags import Stopped
-from model import UserError, open_tensors, written
+from model import UserError, finite, open_tensors, written
 
 
 class Checkpoint:
@@ -56,7 +56,7 @@ def save_tensors(path, tensors, metadata=None):
     """{name: tensor} as a safetensors file, which takes its place when it is whole. Raises UserError, and writes
     nothing, where one is not finite."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not finite(tensor):
             raise UserError(f"{name} holds NaN or infinity and is not saved to {path}: try a lower --lr")
     with written(path) as part:
         save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt", **(metadata or {})})
