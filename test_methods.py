@@ -625,6 +625,7 @@ def test_a_search_of_two_layers_skips_the_empty_quarters():
 # ---------------------------------------------------------------------------------------------- in another place
 
 
+@pytest.mark.slow
 def test_a_new_file_is_a_new_method(tmp_path):
     """The README's example, dropped beside train.py, without another line changed."""
     for name in SOURCES:

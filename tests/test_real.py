@@ -114,6 +114,7 @@ def test_every_method_learns_real_instructions_on_a_real_checkpoint(runs, tmp_pa
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")("Once upon a time").input_ids == ours
 
 
+@pytest.mark.slow
 def test_a_mixture_of_real_tasks_trains_and_is_scored(runs):
     files = REAL / "superglue/BoolQ/val.jsonl", REAL / "superglue/RTE/val.jsonl", REAL / "gsm8k/train-first-3000.jsonl"
     out = runs("--method", "multilora", "--base", TINY, "--data", *files, "--mix", "equal", "--steps", "4",
@@ -125,6 +126,7 @@ def test_a_mixture_of_real_tasks_trains_and_is_scored(runs):
     assert results["speciality"] == pytest.approx(sum(row["after"] for row in results["tasks"].values()) / 3)
 
 
+@pytest.mark.slow
 def test_model_outputs_are_alpaca_evals(tmp_path):
     source = REAL / "alpaca_eval" / "gpt3_alpaca.json"
     here("-m", "tools.chat", TINY, "--prompts", source, "--template", "alpaca", "--max-new-tokens", "6",

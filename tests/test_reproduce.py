@@ -57,6 +57,7 @@ def test_spectra_of_a_run(runs):
     assert float(text.splitlines()[9].split()[1]) == pytest.approx(results["first_value_share"], abs=6e-4)
 
 
+@pytest.mark.slow
 def test_spectra_of_a_run_beside_another(runs):
     """Any method that changes weights: SFT's update is the saved weight minus the base's. CS-ReFT has none."""
     sft = runs("--method", "sft", *WISE)

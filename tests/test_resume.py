@@ -107,8 +107,8 @@ def test_a_killed_run_ends_at_the_same_bytes(tmp_path):
     assert left(tmp_path / "killed") == left(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130),
-                                          pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_loses_at_most_the_step_in_hand(tmp_path, number, code):
     out = tmp_path / "run"
     command = ("train.py", "--method", "multilora", *COMMON, "--steps", "4000", "--save-every", "0", "--log-every", "1",
@@ -194,6 +194,7 @@ def test_a_checkpoint_is_all_that_a_run_needs(tmp_path, method, config):
                      if r["step"] > 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, config, without", [
     (*LORA, "adapter.model.layers.3.mlp.up_proj.multilora.A"), (*LORA, "optimizer.0.exp_avg"),
     (*LORA, "optimizer.0.exp_avg_sq"), (*LORA, "optimizer.0.step"), (*LORA, "losses"), (*LORA, "step"),

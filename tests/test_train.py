@@ -207,6 +207,7 @@ def test_a_run_leaves_what_it_promises(runs):
     assert not torch.equal(train.load_run(out)[0](ids), Llama.from_pretrained(BASE)(ids))
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes(runs, tmp_path):
     first = runs("--method", "multilora", *QUICK)
     other = runs("--method", "multilora", *QUICK, "--seed", "1")
