@@ -120,7 +120,7 @@ def test_every_fact_that_is_tested_was_trained_on():
 def test_the_suite_is_the_same_in_every_process():
     code = "repr([suite.generate(name, 'test') for name in suite.TASKS]).encode()"
     elsewhere = cli("-c", f"import zlib; from base import suite; print(zlib.crc32({code}))").stdout
-    assert int(elsewhere) == zlib.crc32(eval(code, {"suite": builtin}))
+    assert int(elsewhere) == zlib.crc32(repr([builtin.generate(name, "test") for name in builtin.TASKS]).encode())
 
 
 def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
