@@ -68,7 +68,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 
-from model import LINEARS, Adapter, Context, UserError, find_linears, parse_layers
+from model import LINEARS, Adapter, UserError, find_linears, parse_layers
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -249,8 +249,7 @@ def importance(model, linears, steps, dropout):
 
 def two_pass_kl(model, batch):
     """KL(p_2 || p_1), summed over the labelled tokens, of two passes that differ only in their dropout."""
-    first, second = (model.labelled_logits(batch.ids, batch.labels, Context(batch.ctx.prompt_mask, batch.ctx.tasks))[0]
-                     for _ in range(2))
+    first, second = (model.labelled_logits(batch.ids, batch.labels, replace(batch.ctx))[0] for _ in range(2))
     wide = torch.promote_types(first.dtype, torch.float32)
     log_p1, log_p2 = first.to(wide).log_softmax(-1), second.to(wide).log_softmax(-1)
     return (log_p2.exp() * (log_p2 - log_p1)).sum()

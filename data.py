@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
-from model import Context, UserError, read_json, write_json
+from model import Context, UserError, labelled_positions, read_json, write_json
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -267,8 +267,12 @@ class Batch:
     ctx: Context  # of the pass over this batch: its prompt mask (tokens before the first trained one) and tasks
 
     def to(self, device):
-        ctx = Context(self.ctx.prompt_mask.to(device), self.ctx.tasks.to(device))
-        return Batch(self.ids.to(device), self.labels.to(device), ctx)
+        move = lambda tensor: tensor.to(device, non_blocking=True)
+        ctx = Context(*map(move, (self.ctx.prompt_mask, self.ctx.tasks, self.ctx.labelled)))
+        return Batch(move(self.ids), move(self.labels), ctx)
+
+
+SAVED = {"cpu": 64, "cuda": 1024}  # tokens of padding that are worth another pass; our choice
 
 
 def draw(examples, size, seed):
@@ -291,13 +295,30 @@ def draw(examples, size, seed):
 
 def collate(group, pad):
     """Batch of encoded examples, padded on the right: a causal model never looks there, so no mask is needed."""
-    B, T = len(group), max(len(e.ids) for e in group)
-    ids, labels = torch.full((B, T), pad), torch.full((B, T), -100)
-    for row, e in enumerate(group):
-        ids[row, : len(e.ids)] = torch.tensor(e.ids)
-        labels[row, : len(e.ids)] = torch.tensor(e.labels)
+    T = max(len(e.ids) for e in group)
+    ids = torch.tensor([e.ids + [pad] * (T - len(e.ids)) for e in group])
+    labels = torch.tensor([e.labels + [-100] * (T - len(e.ids)) for e in group])
     prompt_mask = torch.arange(T) < torch.tensor([e.prompt for e in group])[:, None]
-    return Batch(ids, labels, Context(prompt_mask, torch.tensor([e.task for e in group])))
+    tasks = torch.tensor([e.task for e in group])
+    return Batch(ids, labels, Context(prompt_mask, tasks, labelled_positions(labels)))
+
+
+def micro_batches(group, size, device):
+    """A step's group cut into micro-batches, lists of at most `size` examples of similar lengths.
+
+    Shortest first; then each cut that saves more padding than a pass costs by itself (SAVED tokens) is made.
+    """
+    group = sorted(group, key=lambda e: len(e.ids))
+    left, parts = [group[i : i + size] for i in range(0, len(group), size)], []
+    while left:
+        part = left.pop()
+        saved = [i * (len(part[-1].ids) - len(part[i - 1].ids)) for i in range(1, len(part))]
+        if max(saved, default=0) > SAVED.get(device.type, SAVED["cuda"]):
+            cut = 1 + saved.index(max(saved))
+            left += part[:cut], part[cut:]
+        else:
+            parts.append(part)
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------- scoring
@@ -315,7 +336,7 @@ def answer_scores(model, examples, pad, batch_size):
         batch = collate([examples[i] for i in part], pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, batch.ctx)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = (batch.labels[:, 1:] != -100).nonzero()[:, 0]
+        rows = batch.ctx.labelled // batch.ids.shape[1]
         columns = (-F.cross_entropy(logits, targets, reduction="none"), torch.ones_like(targets),
                    (logits.argmax(-1) != targets).long())
         chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype, device=c.device).index_add_(0, rows, c).tolist()

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
+SHORT = 64  # tokens up to which attention written out is faster on a CPU
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, in order of use
 
 
@@ -167,9 +168,12 @@ class Context:
 
     prompt_mask: torch.Tensor | None = None  # (B, T) bool: tokens of the prompt; None: every token
     tasks: torch.Tensor | None = None  # (B,) index of each example's task; None: unknown
+    labelled: torch.Tensor | None = None  # (N,) positions b T + t whose next token has a label, the only ones whose
+    # last hidden state is right; None: all are
     cache: Cache | None = None  # None: the whole sequence is in this pass
     positions: torch.Tensor | None = None  # (B, T) or (1, T), filled by the model when None
     rope: tuple | None = None  # cos and sin of the angles, filled by the model
+    mask: torch.Tensor | None = None  # (1 or B, 1, T, slots), 0 where a query sees a slot, else -inf; None: causal
     memory: dict = field(default_factory=dict)  # a method's notes for this pass; while decoding, the cache's
 
     def __post_init__(self):
@@ -188,9 +192,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x):  # (..., d)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+    def forward(self, x):  # (..., d) -> weight * x / sqrt(mean(x^2) + eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 def rope_frequencies(config, device=None):
@@ -234,16 +237,26 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, h, T, hd)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, g, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, g, T, hd)
-        mask = None
         if ctx.cache is not None:
             ctx.cache.put(self.index, ctx.positions, k, v)
-        if ctx.decoding:  # is_causal would align top-left: each query sees the slots up to its own position instead
+        if ctx.decoding:
             k, v = (kept[:, :, : ctx.cache.used].to(q.dtype) for kept in ctx.cache.layers[self.index])
-            slots = torch.arange(k.shape[2], device=x.device)
-            mask = (slots <= ctx.positions[:, :, None])[:, None]  # (B, 1, T, slots)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v, ctx.mask).transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(hd) + mask) v for q (B, h, T, hd), k and v (B, g, S, hd); no mask: causal, and T = S.
+
+    Written out where that is faster than torch's fused kernel: a mask is given for short sequences on a CPU (see
+    Decoder), in float32 at least.
+    """
+    B, h, T, hd = q.shape
+    if mask is None or q.device.type != "cpu" or q.dtype == torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                              enable_gqa=h != k.shape[1])
+    k, v = (x.repeat_interleave(h // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))  # (B h, S, hd)
+    scores = torch.baddbmm(mask.expand(B, h, T, -1).flatten(0, 1), q.flatten(0, 1), k.mT, alpha=hd**-0.5)
+    return (scores.softmax(-1) @ v).view(B, h, T, hd)
 
 
 class MLP(nn.Module):
@@ -265,9 +278,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.last = index == config.num_hidden_layers - 1
 
     def forward(self, h, ctx):
         h = h + self.self_attn(self.input_layernorm(h), ctx)
+        if self.last and ctx.labelled is not None:  # nothing reads the other positions behind this layer
+            every, rows = h.flatten(0, 1), ctx.labelled
+            update = self.mlp(self.post_attention_layernorm(every[rows]))
+            return every.index_add(0, rows, update.to(h.dtype)).view_as(h)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -291,12 +309,25 @@ class Decoder(nn.Module):
         angles = ctx.positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, hd / 2)
         angles = torch.cat((angles, angles), dim=-1)
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
+        if ctx.decoding or h.device.type == "cpu" and ids.shape[1] <= SHORT:
+            slots = torch.arange(ctx.cache.used if ctx.decoding else ids.shape[1], device=ids.device)
+            hidden = slots > ctx.positions[:, :, None]  # a query sees the slots up to its own position
+            ctx.mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -math.inf)[:, None]
         for layer in self.layers:
             h = checkpoint(layer, h, ctx, use_reentrant=False) if self.checkpointing else layer(h, ctx)
         return self.norm(h)
 
 
 # ---------------------------------------------------------------------------------------------- the model
+
+
+LOGITS = 2**25  # numbers in a piece of the logits whose loss is taken at once: 128 MiB in float32
+
+
+def labelled_positions(labels):
+    """(N,) positions b T + t of labels (B, T) whose next token has one."""
+    row, place = (labels[:, 1:] != -100).nonzero().unbind(1)
+    return row * labels.shape[1] + place
 
 
 class Llama(nn.Module):
@@ -324,17 +355,31 @@ class Llama(nn.Module):
         """
         if labels is None:
             return self.lm_head(self.model(ids, ctx or Context()))
-        logits, targets = self.labelled_logits(ids, labels, ctx)
+        h, targets = self.labelled(ids, labels, ctx)
+        rows = max(1, LOGITS // self.config.vocab_size)
+        if len(h) <= rows:
+            total = self.summed_loss(h, targets)
+        else:  # in pieces, whose logits are made again for the backward pass: all at once would decide the peak memory
+            total = sum(checkpoint(self.summed_loss, *part, use_reentrant=False)
+                        for part in zip(h.split(rows), targets.split(rows)))
+        return total if reduction == "sum" else total / len(h)
+
+    def summed_loss(self, h, targets):
+        """- sum of log p(target), in float64 where there is one, so that parts add up to the loss of the whole."""
+        logits = self.lm_head(h)
         losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
-        # Summed in float64 where there is one, so that micro-batches add up to the loss of the large batch.
-        total = losses.sum(dtype=None if losses.device.type == "mps" else torch.float64)
-        return total if reduction == "sum" else total / len(losses)
+        return losses.sum(dtype=None if losses.device.type == "mps" else torch.float64)
+
+    def labelled(self, ids, labels, ctx=None):
+        """Last hidden states (N, d) at the N positions whose next token has a label, and those labels (N,)."""
+        ctx = ctx or Context()
+        where = ctx.labelled if ctx.labelled is not None else labelled_positions(labels)
+        return self.model(ids, ctx).flatten(0, 1)[where], labels.flatten()[where + 1]
 
     def labelled_logits(self, ids, labels, ctx=None):
-        """Logits (N, V) only at the N positions that have a label, and those labels (N,), row by row."""
-        h = self.model(ids, ctx or Context())
-        wanted = labels[:, 1:] != -100
-        return self.lm_head(h[:, :-1][wanted]), labels[:, 1:][wanted]
+        """Logits (N, V) at those positions, and the labels (N,), row by row."""
+        h, targets = self.labelled(ids, labels, ctx)
+        return self.lm_head(h), targets
 
     def init_weights(self, seed):
         """Fresh weights for pretraining: normal(0, 0.02), the two projections that write to the residual stream smaller

@@ -251,11 +251,12 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
     """
     per_step = config.batch_size * config.grad_accum
     draw = lambda: data.draw(examples, per_step, config.seed)
-    batches = lambda group: [data.collate(group[i : i + config.batch_size], pad).to(model.device)
-                             for i in range(0, per_step, config.batch_size)]
+    batches = lambda group: [data.collate(part, pad).to(model.device)
+                             for part in data.micro_batches(group, config.batch_size, model.device)]
     with model.autocast():
         adapter.prepare(map(batches, draw()))
-    optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay))
+    optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay),
+                                  fused=model.device.type in ("cpu", "cuda"))
     peaks = [part["lr"] for part in optimizer.param_groups]
     params = [p for part in optimizer.param_groups for p in part["params"]]
     done, losses, tokens, seconds = 0, [], 0, 0.0
@@ -275,11 +276,9 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
             for batch in batches(group):
                 with model.autocast():
                     loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
-                    loss = loss + adapter.penalty(batch.ctx) / config.grad_accum
+                    loss = loss + adapter.penalty(batch.ctx) * (len(batch.ids) / per_step)
                 loss.backward()
-                total += loss.item()
-            if not math.isfinite(total):
-                raise UserError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
+                total = total + loss.detach()
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(params, config.clip)
             adapter.before_step()
@@ -288,17 +287,24 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
             optimizer.zero_grad()
             losses.append(total)
             tokens += sum(len(example.ids) for example in group)
+            due = config.save_every and (step % config.save_every == 0 or step == config.steps)
+            logged = step % config.log_every == 0 or step == config.steps
+            stop = caught[:1]
+            if due or logged or stop:  # only here does the host wait for the device
+                losses = [float(value) for value in losses]
+                if wrong := [i for i, value in enumerate(losses) if not math.isfinite(value)]:
+                    raise UserError(f"the loss is {losses[wrong[0]]} at step {step - len(losses) + 1 + wrong[0]}: try "
+                                    f"a lower --lr than {config.lr:g}")
             seconds = time.perf_counter() - start
-            if log and (step % config.log_every == 0 or step == config.steps):
+            if log and logged:
                 log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
                      "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds,
                      "eta_seconds": seconds / step * (config.steps - step)})
                 losses = []
-            due = config.save_every and (step % config.save_every == 0 or step == config.steps)
-            if keep and (due or caught):
+            if keep and (due or stop):
                 keep.save(adapter, optimizer, step=step, losses=losses, tokens=tokens, seconds=seconds)
-            if caught:
-                raise Stopped(caught[0], f"stopped after step {step} of {config.steps}")
+            if stop:
+                raise Stopped(*stop, f"stopped after step {step} of {config.steps}")
     model.eval()
 
 

@@ -1,0 +1,90 @@
+"""What is done for speed changes no number: each short cut against the plain way, in float64."""
+
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import model as llama
+import train
+from model import Context, attend
+from tests.helpers import random_ids, tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_written_out_equals_the_fused_kernel_and_a_loop(kv_heads):
+    B, T, hd = 3, 7, 6
+    q, k, v = (torch.randn(B, heads, T, hd, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
+    mask = torch.full((T, T), -torch.inf, dtype=torch.float64).triu(1)[None, None]
+    written, fused, loop = attend(q, k, v, mask), attend(q, k, v), torch.zeros_like(q)
+    for b in range(B):
+        for h in range(4):
+            for t in range(T):
+                g = h // (4 // kv_heads)
+                scores = torch.stack([q[b, h, t] @ k[b, g, s] / hd**0.5 for s in range(t + 1)])
+                loop[b, h, t] = scores.softmax(0) @ v[b, g, : t + 1]
+    torch.testing.assert_close(written, loop)
+    torch.testing.assert_close(fused, loop)
+
+
+def loss_and_gradients(model, batch, ctx):
+    model.zero_grad()
+    loss = model(batch.ids, batch.labels, ctx)
+    loss.backward()
+    return loss, [p.grad for p in model.parameters()]
+
+
+def batch_of(model, lengths):
+    """A Batch whose examples have labels on their last third."""
+    ids = [random_ids(model, 1, n)[0].tolist() for n in lengths]
+    cut = [2 * n // 3 for n in lengths]
+    return data.collate([data.Encoded(i, [-100] * c + i[c:], c, 0) for i, c in zip(ids, cut)], 0)
+
+
+def test_the_last_layer_at_labelled_positions_alone_gives_the_same_gradients():
+    model = tiny().double()
+    batch = batch_of(model, (9, 5, 12))
+    quick = loss_and_gradients(model, batch, batch.ctx)
+    logits = model(batch.ids, ctx=Context(batch.ctx.prompt_mask, batch.ctx.tasks))  # every layer at every position
+    model.zero_grad()
+    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+    plain.backward()
+    torch.testing.assert_close(quick, (plain, [p.grad for p in model.parameters()]))
+
+
+def test_a_loss_in_pieces_is_the_loss(monkeypatch):
+    model = tiny().double()
+    batch = batch_of(model, (9, 5, 12))
+    whole = loss_and_gradients(model, batch, batch.ctx)
+    widest, head = [], model.lm_head.register_forward_hook(lambda m, args, logits: widest.append(len(logits)))
+    monkeypatch.setattr(llama, "LOGITS", 4 * model.config.vocab_size)
+    parts = loss_and_gradients(model, batch, Context(batch.ctx.prompt_mask, batch.ctx.tasks))
+    head.remove()
+    torch.testing.assert_close(parts, whole)
+    assert max(widest) == 4 and sum(widest) == 2 * len(batch.ctx.labelled)  # each piece is made again for its gradient
+
+
+def test_a_group_is_cut_into_micro_batches_with_little_padding(suite):
+    examples, tokenizer = suite
+    real = computed = 0
+    for group in islice(data.draw(examples, 48, seed=0), 40):
+        parts = data.micro_batches(group, 24, CPU)
+        assert sorted(map(id, sum(parts, []))) == sorted(map(id, group))
+        assert max(map(len, parts)) <= 24
+        whole = data.micro_batches(group, 48, CPU)
+        real += sum(len(e.ids) for e in group)
+        computed += sum(len(part) * max(len(e.ids) for e in part) for part in whole)
+    assert 1 - real / computed < 0.08  # 0.16 in one piece
+    alike = [SimpleNamespace(ids=[0] * 10)] * 48
+    assert data.micro_batches(alike, 48, CPU) == [alike]
+
+
+@pytest.fixture(scope="module")
+def suite():
+    loaded, tokenizer = train.load_data(train.Config(method="lora", eval_limit=1))
+    return loaded.train, tokenizer
