@@ -314,11 +314,11 @@ def test_a_task_alone_is_a_run_on_that_task(runs, tmp_path, two_tasks, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     together = compare.Run("loreft", " ".join(ALONE), 0)
     made = {task: compare.alone(together, task) for task in builtin.NEW}
-    results = compare.work(list(made.values()), SimpleNamespace(out=tmp_path, jobs=1, threads=1), "alone")
-    for task, run in made.items():
+    results = compare.work(made, SimpleNamespace(out=tmp_path, jobs=1, threads=1), "alone")
+    for task in made:
         one = runs("--method", "loreft", "--tasks", task, "--steps", "20", "--batch-size", "24", "--eval-limit", "20")
         one = json.loads((one / "results.json").read_text())["tasks"][task]
-        assert one["after"] == results[run]["tasks"][task]["after"]
+        assert one["after"] == results[task]["tasks"][task]["after"]
 
 
 @pytest.mark.parametrize("program, args, names", [
