@@ -15,7 +15,8 @@ Everything is chosen here on seed 0 and validation data. Claims are judged on te
 chosen with, by a one-sided exact sign test over the seeds: a claim *holds* where p < 0.05, *does not hold* where
 p < 0.05 the other way, and is *undecided* else. Five seeds out of five are p = 0.031.
 
-Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims.
+Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims, what is
+not judged. Each command makes one section of compare.json, which `reproduce.table` shows.
 """
 
 import contextlib
@@ -58,25 +59,25 @@ QUICK = "--steps 150 --batch-size 24 --eval-limit 50"
 FACTS = "--tasks currency,tool --steps 600 --batch-size 24"
 PART = "--method cofitune --layers 50%-100% --modules gate_proj,up_proj,down_proj"  # the first winner of its search
 
-METHODS = {name: f"--method {name}" for name in ("sft", "lora", "multilora", "loreft", "csreft")} | {"cofitune": PART}
-# {row: (flags, rates)}. The best rate is the one with the highest speciality; of those within TIE points of it, the
-# one with the highest versatility.
+METHODS = ("sft", "lora", "multilora", "loreft", "csreft", "cofitune")
+# {row: (flags, rates)}; the first six are the METHODS as they are compared. The best rate is the one with the highest
+# speciality; of those within TIE points of it, the one with the highest versatility.
 TIE = 0.5
-GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
-        "lora": (METHODS["lora"], (2e-3, 4e-3, 8e-3)),
-        "multilora": (METHODS["multilora"], (4e-3, 8e-3, 1.6e-2)),
-        "loreft": (METHODS["loreft"], (2.5e-3, 5e-3, 1e-2, 2e-2)),
-        "csreft": (METHODS["csreft"], (5e-3, 1e-2, 2e-2)),
-        "csreft-first-token": (METHODS["csreft"] + " --route-on first_token", (5e-3, 1e-2, 2e-2)),
-        "cofitune": (METHODS["cofitune"], (2e-3, 4e-3, 8e-3)),
+GRID = {"sft": ("--method sft", (5e-4, 1e-3, 2e-3, 4e-3)),
+        "lora": ("--method lora", (2e-3, 4e-3, 8e-3)),
+        "multilora": ("--method multilora", (4e-3, 8e-3, 1.6e-2)),
+        "loreft": ("--method loreft", (2.5e-3, 5e-3, 1e-2, 2e-2)),
+        "csreft": ("--method csreft", (5e-3, 1e-2, 2e-2)),
+        "csreft-first-token": ("--method csreft --route-on first_token", (5e-3, 1e-2, 2e-2)),
+        "cofitune": (PART, (2e-3, 4e-3, 8e-3)),
         # where MultiLoRA might be ahead: a quarter of the rank
-        "multilora-rank-3": (METHODS["multilora"] + " --rank 1 --alpha 2", (4e-3, 8e-3, 1.6e-2)),
-        "lora-rank-3": (METHODS["lora"] + " --rank 3 --alpha 6", (4e-3, 8e-3, 1.6e-2)),
+        "multilora-rank-3": ("--method multilora --rank 1 --alpha 2", (4e-3, 8e-3, 1.6e-2)),
+        "lora-rank-3": ("--method lora --rank 3 --alpha 6", (4e-3, 8e-3, 1.6e-2)),
         # or twice as many tasks
-        "multilora-hard": (METHODS["multilora"] + HARD, (4e-3, 8e-3, 1.6e-2)),
-        "lora-hard": (METHODS["lora"] + HARD, (2e-3, 4e-3, 8e-3))}
+        "multilora-hard": ("--method multilora" + HARD, (4e-3, 8e-3, 1.6e-2)),
+        "lora-hard": ("--method lora" + HARD, (2e-3, 4e-3, 8e-3))}
 # MultiLoRA's count needs a rank of 13.6 in LoRA; 14 has 2.7 % more parameters than MultiLoRA, and takes LoRA's rate.
-EQUAL_PARAMETERS = METHODS["lora"] + " --rank 14 --alpha 28"
+EQUAL_PARAMETERS = "--method lora --rank 14 --alpha 28"
 # Speciality against versatility, one line for each row and one point for each rate, on the fact tasks. The rows of
 # REFINED then try the geometric mean of their smallest sufficient rate and the next one below, twice.
 FRONT = {"sft": ("--method sft", (1e-4, 2e-4, 4e-4, 1e-3, 2e-3)),
@@ -240,6 +241,7 @@ def work(plan, args, title, may_fail=False):
 
 
 def filled(plan, results):
+    """The plan with results[run] in the place of each Run."""
     if isinstance(plan, dict):
         return {key: filled(part, results) for key, part in plan.items()}
     return [filled(part, results) for part in plan] if isinstance(plan, list) else results[plan]
@@ -289,7 +291,7 @@ def spectrum(folder, sft=None):
 def noise(seed):
     """The spectrum of MultiLoRA's update where nothing is trained: A and B as they start, every scale one."""
     torch.manual_seed(seed)
-    _, config, _ = train.parse(shlex.split(METHODS["multilora"]))
+    _, config, _ = train.parse(["--method", "multilora"])
     adapter = multilora.attach(Llama.from_pretrained("base"), replace(config, zero="s"))
     for linear in adapter.linears.values():
         linear.multilora.s.data.fill_(1.0)
@@ -391,12 +393,12 @@ def compare(args):
     """Every method at its best rate, on test data."""
     protocol, prefix = (QUICK, "quick-") if args.quick else (ALL, "")
     rate = {name: rate_of(args, name) for name in args.methods or METHODS}
-    plan = seeded({name: f"{at(METHODS[name], lr)} {protocol}" for name, lr in rate.items()}, args.seeds, prefix)
+    plan = seeded({name: f"{at(GRID[name][0], lr)} {protocol}" for name, lr in rate.items()}, args.seeds, prefix)
     rows = {}
     for name, results in work(plan, args, "comparison").items():
         seeds = [brief(r) for r in results]
         means = {key: column(seeds, key) for key in ("speciality", "versatility")}
-        rows[name] = {"lr": rate[name], "flags": METHODS[name], "seeds": dict(zip(map(str, args.seeds), seeds)),
+        rows[name] = {"lr": rate[name], "flags": GRID[name][0], "seeds": dict(zip(map(str, args.seeds), seeds)),
                       **{key: mean_and_spread(values) for key, values in means.items()},
                       "band": {key: band(values) for key, values in means.items()},
                       "tasks": {task: mean_and_spread(column(column(seeds, "tasks"), task))
