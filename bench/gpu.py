@@ -45,19 +45,17 @@ def main():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
-    shape = replace(shape, num_hidden_layers=args.layers or shape.num_hidden_layers)
+    shape, methods = SHAPES[args.shape], METHODS
+    if args.layers:  # the papers' layers may not be there
+        shape = replace(shape, num_hidden_layers=args.layers)
+        methods = METHODS | {"csreft": ["--positions", "f5+l5"], "cofitune": ["--layers", "all"]}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         make(base, shape, args.device)
         torch.cuda.empty_cache()  # the runs below are processes of their own
         card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
         print(f"{args.shape}, {shape.num_hidden_layers} layers, {card}, batches of 16")
-        for method, flags in METHODS.items():
-            if args.layers and method == "csreft":
-                flags = ["--positions", "f5+l5"]
-            if args.layers and method == "cofitune":
-                flags = ["--layers", "all"]
+        for method, flags in methods.items():
             out = Path(folder) / method
             done = subprocess.run(
                 [sys.executable, "train.py", "--method", method, *flags, "--base", base, "--device", args.device,

@@ -90,9 +90,7 @@ def check(settings):
         if interval is None or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
-        above = low <= value if interval[0] == "[" else low < value
-        below = value <= high if interval[-1] == "]" else value < high
-        if not (above and below):
+        if not (low < value < high or interval[0] == "[" and value == low or interval[-1] == "]" and value == high):
             least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
             most = "" if high == float("inf") else f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}"
             raise UserError(f"{flag(name)} is {value}, expected {least}{most}")

@@ -15,7 +15,8 @@ Everything is chosen here on seed 0 and validation data. Claims are judged on te
 chosen with, by a one-sided exact sign test over the seeds: a claim *holds* where p < 0.05, *does not hold* where
 p < 0.05 the other way, and is *undecided* else. Five seeds out of five are p = 0.031.
 
-Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims.
+Read in this order: the protocol, runs, what is measured, the statistics, tuning, the comparison, the claims, what is
+not judged. Each command makes one section of compare.json, which `reproduce.table` shows.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import shlex
 import statistics
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,10 +43,8 @@ from engine.folder import difference, provenance
 from model import LINEARS, Llama, UserError, read_json, write_json, written
 from reproduce import wise
 from reproduce.gates import gates_by_task
-from reproduce.spectra import changes, similarity
-
-HERE = Path(__file__).resolve().parent
-STORED = HERE / "results" / "compare.json"
+from reproduce.spectra import changes, figures
+from reproduce.table import STORED, column, mean_and_spread, shown, spread
 
 # ---------------------------------------------------------------------------------------------- the protocol
 
@@ -54,33 +53,31 @@ SEEDS = range(11, 31)  # `--seeds 5` takes the first five
 
 # All six new tasks, the same examples in the same order for every method.
 ALL = "--steps 800 --batch-size 24"
-SUITES = {"default": "", "hard": " --tasks hard"}  # hard: twelve tasks, as many steps
+HARD = " --tasks hard"  # twelve tasks, as many steps
 QUICK = "--steps 150 --batch-size 24 --eval-limit 50"
 # CoFiTune's claim: the two fact tasks, which every method learns whole, so that only forgetting differs.
 FACTS = "--tasks currency,tool --steps 600 --batch-size 24"
 PART = "--method cofitune --layers 50%-100% --modules gate_proj,up_proj,down_proj"  # the first winner of its search
 
-METHODS = {"sft": "--method sft", "lora": "--method lora", "multilora": "--method multilora",
-           "loreft": "--method loreft", "csreft": "--method csreft", "cofitune": PART}
-FIRST_TOKEN = METHODS["csreft"] + " --route-on first_token"
-# {row: (flags, rates)}. The best rate is the one with the highest speciality; of those within TIE points of it, the
-# one with the highest versatility.
+METHODS = ("sft", "lora", "multilora", "loreft", "csreft", "cofitune")
+# {row: (flags, rates)}; the first six are the METHODS as they are compared. The best rate is the one with the highest
+# speciality; of those within TIE points of it, the one with the highest versatility.
 TIE = 0.5
-GRID = {"sft": (METHODS["sft"], (5e-4, 1e-3, 2e-3, 4e-3)),
-        "lora": (METHODS["lora"], (2e-3, 4e-3, 8e-3)),
-        "multilora": (METHODS["multilora"], (4e-3, 8e-3, 1.6e-2)),
-        "loreft": (METHODS["loreft"], (2.5e-3, 5e-3, 1e-2, 2e-2)),
-        "csreft": (METHODS["csreft"], (5e-3, 1e-2, 2e-2)),
-        "csreft-first-token": (FIRST_TOKEN, (5e-3, 1e-2, 2e-2)),
-        "cofitune": (METHODS["cofitune"], (2e-3, 4e-3, 8e-3)),
+GRID = {"sft": ("--method sft", (5e-4, 1e-3, 2e-3, 4e-3)),
+        "lora": ("--method lora", (2e-3, 4e-3, 8e-3)),
+        "multilora": ("--method multilora", (4e-3, 8e-3, 1.6e-2)),
+        "loreft": ("--method loreft", (2.5e-3, 5e-3, 1e-2, 2e-2)),
+        "csreft": ("--method csreft", (5e-3, 1e-2, 2e-2)),
+        "csreft-first-token": ("--method csreft --route-on first_token", (5e-3, 1e-2, 2e-2)),
+        "cofitune": (PART, (2e-3, 4e-3, 8e-3)),
         # where MultiLoRA might be ahead: a quarter of the rank
-        "multilora-rank-3": (METHODS["multilora"] + " --rank 1 --alpha 2", (4e-3, 8e-3, 1.6e-2)),
-        "lora-rank-3": (METHODS["lora"] + " --rank 3 --alpha 6", (4e-3, 8e-3, 1.6e-2)),
+        "multilora-rank-3": ("--method multilora --rank 1 --alpha 2", (4e-3, 8e-3, 1.6e-2)),
+        "lora-rank-3": ("--method lora --rank 3 --alpha 6", (4e-3, 8e-3, 1.6e-2)),
         # or twice as many tasks
-        "multilora-hard": (METHODS["multilora"] + SUITES["hard"], (4e-3, 8e-3, 1.6e-2)),
-        "lora-hard": (METHODS["lora"] + SUITES["hard"], (2e-3, 4e-3, 8e-3))}
+        "multilora-hard": ("--method multilora" + HARD, (4e-3, 8e-3, 1.6e-2)),
+        "lora-hard": ("--method lora" + HARD, (2e-3, 4e-3, 8e-3))}
 # MultiLoRA's count needs a rank of 13.6 in LoRA; 14 has 2.7 % more parameters than MultiLoRA, and takes LoRA's rate.
-EQUAL_PARAMETERS = METHODS["lora"] + " --rank 14 --alpha 28"
+EQUAL_PARAMETERS = "--method lora --rank 14 --alpha 28"
 # Speciality against versatility, one line for each row and one point for each rate, on the fact tasks. The rows of
 # REFINED then try the geometric mean of their smallest sufficient rate and the next one below, twice.
 FRONT = {"sft": ("--method sft", (1e-4, 2e-4, 4e-4, 1e-3, 2e-3)),
@@ -103,11 +100,10 @@ CONTROLS = {"sft": f"--method sft {RATE}", "cofitune": f"{PART} {RATE}", "no-mas
             "sft-l2": f"--method sft {RATE} --l2-to-base 1e-2", "sft-replay": f"--method sft {RATE} --replay 0.1"}
 CONTROLLED = "--tasks currency,tool --steps 1200 --batch-size 24"
 
-# Is a flat spectrum learned, or is it the start's? MultiLoRA against these, all at its own rate.
-STARTS = {"multilora": METHODS["multilora"],
-          "scales-alone": METHODS["multilora"] + " --train s",  # A and B stay as they start
-          "one-module": METHODS["multilora"] + " --modules 1 --rank 12 --alpha 24",  # with its scales
-          "lora-uniform-b": METHODS["lora"] + " --zero s"}  # no scales: starts away from the base
+# Is a flat spectrum learned, or is it the start's? MultiLoRA against these, all at its own rate: {row: (what, flags)}.
+STARTS = {"scales-alone": ("trained scales on A and B as they start", "--method multilora --train s"),
+          "one-module": ("one module of rank 12 with scales", "--method multilora --modules 1 --rank 12 --alpha 24"),
+          "lora-uniform-b": ("LoRA with B in MultiLoRA's range", "--method lora --zero s")}  # starts away from the base
 # CoFiTune as it is by default, beside SFT at these rates with as many examples.
 SFT_RATES = (1e-4, 2e-4, 3e-4, 5e-4, 2e-3)
 SEARCHED = "--steps 800 --batch-size 24"
@@ -160,30 +156,31 @@ class Run:
     def argv(self):
         return [*shlex.split(self.flags), "--seed", str(self.seed), "--eval-split", self.split]
 
-    def command(self, out):
-        return (["reproduce.wise", str(out / self.folder)] if self.wise else
-                ["train.py", *self.argv, "--out", str(out / self.folder)])
-
-    def file(self, out):
-        return out / self.folder / ("wise.json" if self.wise else "results.json")
-
     @cached_property
     def identity(self):
         config, method_config, _ = train.parse(self.argv)
         return train.identity(config, method_config, *train.place(config))
 
     def results(self, out):
-        """(what it left, None where it is not finished; whether other code made it). UserError for another run."""
-        if not self.file(out).exists():
-            return None, False
-        saved = read_json(out / self.folder / "config.json").get("asked", {})
+        """What it left, its folder, and whether other code made it; None where it is not finished. UserError for
+        another run."""
+        folder = out / self.folder
+        file = folder / ("wise.json" if self.wise else "results.json")
+        if not file.exists():
+            return None
+        saved = read_json(folder / "config.json").get("asked", {})
         if other := difference({**saved, "code": {}}, {**self.identity, "code": {}}):
-            raise UserError(f"{out / self.folder} holds another run: {other}; remove it, or give another --out")
-        return read_json(self.file(out)), saved["code"] != self.identity["code"]
+            raise UserError(f"{folder} holds another run: {other}; remove it, or give another --out")
+        return {**read_json(file), "folder": folder, "other_code": saved["code"] != self.identity["code"]}
 
 
 def at(flags, lr):
     return f"{flags} --lr {lr:g}"
+
+
+def seeded(rows, seeds, prefix=""):
+    """{name: [its Run at each seed]} of {name: flags}."""
+    return {name: [Run(prefix + name, flags, seed) for seed in seeds] for name, flags in rows.items()}
 
 
 def execute(command, log, threads):
@@ -195,85 +192,106 @@ def execute(command, log, threads):
         command_line({"train.py": train.main, "reproduce.wise": wise.main}[command[0]])
 
 
-def work(runs, args, title, may_fail=False):
-    """{run: results}: makes finished what is not, `--jobs` runs at a time, and prints a line for each.
+def work(plan, args, title, may_fail=False):
+    """The plan, nested dicts and lists of Runs, with the results of each Run in its place: makes finished what is not,
+    `--jobs` runs at a time, and prints a line for each.
 
     A run that ends with an error does not stop the others. Then: UserError, or with may_fail (a learning rate that
-    may turn out too high) a note, and no results for it."""
-    found = {run: run.results(args.out) for run in runs}
-    results, left = {run: r for run, (r, _) in found.items()}, [run for run, (r, _) in found.items() if r is None]
-    if other := sum(code for _, code in found.values()):
+    may turn out too high) a note, and None in its place."""
+    results = {run: run.results(args.out) for *_, run in leaves(plan)}
+    left = [run for run, found in results.items() if not found]
+    if other := sum(found["other_code"] for found in results.values() if found):
         print(f"{title}: {other} finished runs were made by other code than today's, and are taken as they are")
     if left:
-        print(f"{title}: {len(left)} of {len(runs)} runs to make, {args.jobs} at a time with {args.threads} threads "
+        print(f"{title}: {len(left)} of {len(results)} runs to make, {args.jobs} at a time with {args.threads} threads "
               "each", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    spawn, lock, workers, took, failed = multiprocessing.get_context("spawn"), threading.Lock(), [], [], {}
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    spawn, pool, took, failed = multiprocessing.get_context("spawn"), ThreadPoolExecutor(args.jobs), [], []
+    log = lambda run: args.out / f"{run.folder}{'-wise' * run.wise}.log"
 
     def one(run):
-        log = args.out / f"{run.folder}{'-wise' * run.wise}.log"
-        process = spawn.Process(target=execute, args=(run.command(args.out), log, args.threads), daemon=True)
-        workers.append(process)
+        folder = str(args.out / run.folder)
+        command = ["reproduce.wise", folder] if run.wise else ["train.py", *run.argv, "--out", folder]
+        process = spawn.Process(target=execute, args=(command, log(run), args.threads), daemon=True)
         process.start()
         process.join()
-        if process.exitcode:
-            failed[run] = f"{args.out / run.folder} ended with code {process.exitcode}; {log} says why"
-            print(f"  {failed[run]}", flush=True)
-            return
-        with lock:
-            results[run], _ = run.results(args.out)
-            took.append(results[run]["seconds"])
-            rest = len(left) - len(took) - len(failed)
-            print(f"  {run.folder:<42}{figures_of(results[run])}  {took[-1]:>4.0f} s   {rest} left, ETA "
-                  f"{train.clock(statistics.median(took) * rest / args.jobs)}", flush=True)
+        return process.exitcode
 
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    pool = ThreadPoolExecutor(args.jobs)
     try:
-        list(pool.map(one, left))
+        futures = {pool.submit(one, run): run for run in left}
+        for count, future in enumerate(as_completed(futures), 1):
+            run = futures[future]
+            if code := future.result():
+                failed.append(f"{args.out / run.folder} ended with code {code}; {log(run)} says why")
+                print(f"  {failed[-1]}", flush=True)
+                continue
+            results[run] = run.results(args.out)
+            took.append(results[run]["seconds"])
+            scores = "" if run.wise else "{speciality:>6.1f} /{versatility:>5.1f}".format(**results[run])
+            print(f"  {run.folder:<42}{scores:<13}  {took[-1]:>4.0f} s   {len(left) - count} left, ETA "
+                  f"{train.clock(statistics.median(took) * (len(left) - count) / args.jobs)}", flush=True)
     finally:  # a signal: the runs keep a checkpoint after the step in hand
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in workers:
-            if process.is_alive():
-                process.terminate()
+        for process in multiprocessing.active_children():
+            process.terminate()
     if failed and not may_fail:
-        raise UserError(next(iter(failed.values())))
-    return {run: kept for run, kept in results.items() if kept is not None}
+        raise UserError(failed[0])
+    return filled(plan, results)
 
 
-def figures_of(results):
-    if "speciality" in results:
-        return f"{results['speciality']:>6.1f} /{results['versatility']:>5.1f}"
-    return " " * 13
+def filled(plan, results):
+    """The plan with results[run] in the place of each Run."""
+    if isinstance(plan, dict):
+        return {key: filled(part, results) for key, part in plan.items()}
+    return [filled(part, results) for part in plan] if isinstance(plan, list) else results[plan]
+
+
+def leaves(value, *path):
+    """A row (names on the way..., value) of everything in nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, *path, key)
+    else:
+        yield *path, value
 
 
 # ---------------------------------------------------------------------------------------------- what is measured
 
 
+def as_point(results, **where):
+    return {**where, "speciality": results["speciality"], "versatility": results["versatility"]}
+
+
 def brief(results):
     """What compare.json keeps of a run."""
-    return {"speciality": results["speciality"], "versatility": results["versatility"],
-            "tasks": {task: s["after"] for task, s in results["tasks"].items() if s["group"] == "new"},
+    return {**as_point(results), "tasks": {task: s["after"] for task, s in results["tasks"].items()
+                                           if s["group"] == "new"},
             "trainable_parameters": results["trainable_parameters"],
             "share": 100 * results["trainable_parameters"] / results["total_parameters"],
             "seconds": results["seconds"], "peak_memory_bytes": results["peak_memory_bytes"]}
 
 
+def points_of(results):
+    """{name: [scores at each seed]} of {name: [results at each seed]}."""
+    return {name: [as_point(r) for r in row] for name, row in results.items()}
+
+
+def accuracy_of(results):
+    return {name: column(row, "speciality") for name, row in results.items()}
+
+
 def spectrum(folder, sft=None):
-    """Means over the adapted weights of a run: the first singular values, their spread, and the similarity to SFT's."""
-    deltas, theirs = changes(folder)[0], changes(sft)[0] if sft else {}
-    names = [name for name in deltas if name.removesuffix(".weight").endswith(LINEARS)]
-    values = torch.stack([multilora.singular_values(deltas[name], SPECTRUM) for name in names])
-    shares, ranks = zip(*(multilora.spread(v) for v in values))
-    alike = [similarity(deltas[name], theirs[name], SPECTRUM) for name in names if sft]
-    return {"values": values.mean(0).tolist(), "first_value_share": statistics.mean(shares),
-            "effective_rank": statistics.mean(ranks), "similarity_to_sft": statistics.mean(alike) if sft else None}
+    """Of a run's update of the linear layers: singular values, their spread, and the similarity to SFT's."""
+    linear = lambda run: {name: delta for name, delta in changes(run)[0].items()
+                          if name.removesuffix(".weight").endswith(LINEARS)}
+    return figures(linear(folder), SPECTRUM, linear(sft) if sft else {})
 
 
 def noise(seed):
     """The spectrum of MultiLoRA's update where nothing is trained: A and B as they start, every scale one."""
     torch.manual_seed(seed)
-    _, config, _ = train.parse(shlex.split(METHODS["multilora"]))
+    _, config, _ = train.parse(["--method", "multilora"])
     adapter = multilora.attach(Llama.from_pretrained("base"), replace(config, zero="s"))
     for linear in adapter.linears.values():
         linear.multilora.s.data.fill_(1.0)
@@ -320,81 +338,20 @@ def judge(statement, seeds, ours, theirs, unit="points", speciality=None):
             "verdict": verdict}
 
 
-def rounded(value):
-    """Without the last digits of float32, so that a gate that is constant counts as a tie with another one."""
-    return round(value, 4)
-
-
-def spread(values):
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def band(values):
     """[low, high]: the seeds' minimum to maximum, widened by one standard deviation."""
     return [min(values) - spread(values), max(values) + spread(values)]
 
 
-# ---------------------------------------------------------------------------------------------- storing and showing
-
-
-def load(args):
-    file = args.out / "compare.json"
-    return read_json(file) if file.exists() else {}
-
-
-def store(args, section, value):
-    """Puts a section into compare.json in --out."""
-    everything = load(args)
-    everything[section] = value
-    everything["machine"] = {"cpu_cores": os.cpu_count(), "jobs": args.jobs, "threads": args.threads,
-                             **provenance([])["versions"]}
-    write_json(args.out / "compare.json", everything)
-    with written(args.out / "compare.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(leaves(everything))
-
-
-def leaves(value, *path):
-    """A row (names on the way..., value) of every figure in nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(part, *path, key)
-    else:
-        yield *path, value
-
-
-def rates(args):
-    """{method: learning rate}: chosen by --tune here, else the stored ones."""
-    for found in (load(args), read_json(STORED) if STORED.exists() else {}):
-        if "tune" in found:
-            return found["tune"]["best"]
-    raise UserError(f"no learning rates in {args.out / 'compare.json'} nor in {STORED}: run with --tune first")
-
-
-def show(rows):
-    """The comparison: mean ± standard deviation over seeds."""
-    print(f"\n{'':<12}{'rate':>8}{'trained / base':>16}{'speciality':>16}{'versatility':>16}{'s':>7}{'MiB':>7}")
-    for name, row in rows.items():
-        cell = lambda figure: "{:.1f} ± {:.1f}".format(*row[figure])
-        print(f"{name:<12}{row['lr']:>8g}{row['share']:>14.2f} %{cell('speciality'):>16}{cell('versatility'):>16}"
-              f"{row['seconds']:>7.0f}{row['peak_memory_bytes'] / 2**20:>7.0f}")
-
-
-def show_claims(name, claims):
-    print(f"\n{name}: {len(TRIED[name])} protocols tried, the last one judged here")
-    pairs = lambda ours, theirs: ", ".join(f"{a:.3g} : {b:.3g}" for a, b in zip(ours, theirs))
-    for claim in claims:
-        print(f"- {claim['statement']}: {claim['verdict'].upper()}, p = {claim['p']:.3f} "
-              f"(the other way {claim['p_other_way']:.3f})\n"
-              f"  by seed ({claim['unit']}): {pairs(claim['ours'], claim['theirs'])}")
-        if claim["speciality"]:
-            print(f"  speciality: {pairs(*claim['speciality'])}")
-
-
 # ---------------------------------------------------------------------------------------------- tuning
 
 
+def load(file):
+    return read_json(file) if file.exists() else {}
+
+
 def best_rate(points):
-    return about_equal(points, max(point["speciality"] for point in points), TIE)["lr"]
+    return about_equal(points, max(column(points, "speciality")), TIE)["lr"]
 
 
 def about_equal(points, target, points_below):
@@ -403,137 +360,101 @@ def about_equal(points, target, points_below):
     return max(enough, key=lambda point: point["versatility"], default=None)
 
 
-def as_point(results, **where):
-    return {**where, "speciality": results["speciality"], "versatility": results["versatility"]}
-
-
 def tune(args):
     """Every rate of the grid at one seed, scored on validation data."""
-    grid = {(name, lr): Run(f"tune-{name}@{lr:g}", f"{at(flags, lr)} {ALL}", CHOSEN_WITH, "validation")
-            for name, (flags, lrs) in GRID.items() for lr in lrs}
-    results = work(list(grid.values()), args, "tuning", may_fail=True)
-    table = {name: [as_point(results[grid[name, lr]], lr=lr) for lr in lrs if grid[name, lr] in results]
-             for name, (_, lrs) in GRID.items()}
-    best = {name: best_rate(row) for name, row in table.items()}
-    print(f"\nspeciality / versatility on validation data, seed {CHOSEN_WITH}; * is the best rate")
-    for name, row in table.items():
-        print(f"{name:<18}" + "".join(f"{p['lr']:>8g}{'*' if p['lr'] == best[name] else ' '}{p['speciality']:>6.1f} /"
-                                      f"{p['versatility']:>5.1f}" for p in row))
+    plan = {name: {lr: Run(f"tune-{name}@{lr:g}", f"{at(flags, lr)} {ALL}", CHOSEN_WITH, "validation") for lr in lrs}
+            for name, (flags, lrs) in GRID.items()}
+    grid = {name: [as_point(results, lr=lr) for lr, results in row.items() if results]
+            for name, row in work(plan, args, "tuning", may_fail=True).items()}
+    best = {name: best_rate(row) for name, row in grid.items()}
+    for name, row in grid.items():
         if best[name] in (row[0]["lr"], row[-1]["lr"]):
             print(f"note: the best rate of {name} is at the edge of its grid")
-    store(args, "tune", {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": table, "best": best})
+    return {"protocol": ALL, "seed": CHOSEN_WITH, "split": "validation", "grid": grid, "best": best}
+
+
+def rate_of(args, row):
+    """The best learning rate of a row of GRID: as --tune chose it in --out, else the stored one."""
+    for found in (load(args.out / "compare.json"), load(STORED)):
+        if row in found.get("tune", {}).get("best", {}):
+            return found["tune"]["best"][row]
+    raise UserError(f"no learning rate for {row} in {args.out / 'compare.json'} nor in {STORED}: run with --tune first")
+
+
+def at_best(args, row, flags=None):
+    """Flags of a run of a row of GRID, or of other flags, at the row's best rate."""
+    return f"{at(flags or GRID[row][0], rate_of(args, row))} {ALL}"
 
 
 # ---------------------------------------------------------------------------------------------- the comparison
 
 
-def whole_runs(args, names, protocol, prefix=""):
-    """{(name, seed): Run} of methods at their best rates, on test data. names: {name: flags}."""
-    prefix = prefix if args.suite == "default" else f"{args.suite}-{prefix}"
-    return {(name, seed): Run(prefix + name, f"{at(flags, rate_of(args, name))} {protocol}{SUITES[args.suite]}", seed)
-            for seed in seeds_of(args) for name, flags in names.items()}
-
-
-def rate_of(args, name):
-    """A row's own rate in the suite, else its method's."""
-    best, method = rates(args), name.split("-")[0]
-    keys = (name, method) if args.suite == "default" else (f"{name}-{args.suite}", f"{method}-{args.suite}")
-    if not any(key in best for key in keys):
-        raise UserError(f"no learning rate for {keys[-1]}: run with --tune first")
-    return next(best[key] for key in keys if key in best)
-
-
-def section_of(args, name):
-    return name if args.suite == "default" else f"{name}-{args.suite}"
-
-
-def seeds_of(args):
-    return list(SEEDS[: args.seeds])
-
-
 def compare(args):
-    names = {name: METHODS[name] for name in args.methods or METHODS}
-    protocol = QUICK if args.quick else ALL
-    runs = whole_runs(args, names, protocol, "quick-" if args.quick else "")
-    results = work(list(runs.values()), args, "comparison")
+    """Every method at its best rate, on test data."""
+    protocol, prefix = (QUICK, "quick-") if args.quick else (ALL, "")
+    rate = {name: rate_of(args, name) for name in args.methods or METHODS}
+    plan = seeded({name: f"{at(GRID[name][0], lr)} {protocol}" for name, lr in rate.items()}, args.seeds, prefix)
     rows = {}
-    for name in names:
-        seeds = {seed: brief(results[runs[name, seed]]) for seed in seeds_of(args)}
-        column = lambda figure: [s[figure] for s in seeds.values()]
-        tasks = next(iter(seeds.values()))["tasks"]
-        rows[name] = {"lr": rate_of(args, name), "flags": names[name], "seeds": {str(s): r for s, r in seeds.items()},
-                      **{key: [statistics.mean(column(key)), spread(column(key))]
-                         for key in ("speciality", "versatility")},
-                      "band": {key: band(column(key)) for key in ("speciality", "versatility")},
-                      "tasks": {task: [statistics.mean(s["tasks"][task] for s in seeds.values()),
-                                       spread([s["tasks"][task] for s in seeds.values()])] for task in tasks},
-                      "trainable_parameters": column("trainable_parameters")[0], "share": column("share")[0],
-                      "seconds": statistics.median(column("seconds")),
-                      "peak_memory_bytes": max(column("peak_memory_bytes"))}
-    section = section_of(args, "quick" if args.quick else "compare")
-    known = load(args).get(section, {})
+    for name, results in work(plan, args, "comparison").items():
+        seeds = [brief(r) for r in results]
+        means = {key: column(seeds, key) for key in ("speciality", "versatility")}
+        rows[name] = {"lr": rate[name], "flags": GRID[name][0], "seeds": dict(zip(map(str, args.seeds), seeds)),
+                      **{key: mean_and_spread(values) for key, values in means.items()},
+                      "band": {key: band(values) for key, values in means.items()},
+                      "tasks": {task: mean_and_spread(column(column(seeds, "tasks"), task))
+                                for task in seeds[0]["tasks"]},
+                      "trainable_parameters": seeds[0]["trainable_parameters"], "share": seeds[0]["share"],
+                      "seconds": statistics.median(column(seeds, "seconds")),
+                      "peak_memory_bytes": max(column(seeds, "peak_memory_bytes"))}
+    known = load(args.out / "compare.json").get("quick" if args.quick else "compare", {})
     if known.get("protocol") == protocol:  # rows of methods not named now stay, and equal ones with more seeds
         for name, row in known["rows"].items():
             if name not in rows or row["lr"] == rows[name]["lr"] and len(row["seeds"]) > len(rows[name]["seeds"]):
                 rows[name] = row
-    rows = {name: rows[name] for name in METHODS if name in rows}
-    show(rows)
-    store(args, section, {"protocol": protocol, "rows": rows})
+    return {"protocol": protocol, "rows": {name: rows[name] for name in METHODS if name in rows}}
 
 
 # ---------------------------------------------------------------------------------------------- the claims
 
 
-def against_noise(seeds, spectra):
-    """Claims that a learned update should win against one of noise, if its spectrum were learned."""
-    rank = lambda name: [row["effective_rank"] for row in spectra[name]]
-    far = lambda name: [abs(a - b) for a, b in zip(rank(name), rank("sft"))]
-    return [judge("ΔW's effective rank: MultiLoRA's above that of its untrained start, s = 1", seeds,
-                  rank("multilora"), rank("untrained"), "directions"),
-            judge("ΔW's effective rank, distance from SFT's: the untrained start's above MultiLoRA's", seeds,
-                  far("untrained"), far("multilora"), "directions")]
-
-
 def claim_multilora(args):
     """Accuracy against LoRA at equal total rank and at equal parameter count; the spectra of the learned updates."""
-    names = {"sft": METHODS["sft"], "multilora": METHODS["multilora"], "lora": METHODS["lora"],
-             "lora-equal-parameters": EQUAL_PARAMETERS}
-    if args.suite != "default":  # accuracy at equal total rank alone: no rates were chosen there for the other rows
-        names = {name: names[name] for name in ("multilora", "lora")}
-    seeds = seeds_of(args)
-    runs = whole_runs(args, names, ALL)
-    results = work(list(runs.values()), args, "MultiLoRA's claim")
-    accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds] for name in names}
-    claims = [judge("accuracy on the new tasks: MultiLoRA above LoRA at equal total rank", seeds,
+    if args.suite == "hard":  # accuracy at equal total rank alone: no rates were chosen there for the other rows
+        plan = seeded({name: at_best(args, f"{name}-hard") for name in ("multilora", "lora")}, args.seeds, "hard-")
+    else:
+        plan = seeded({**{name: at_best(args, name) for name in ("sft", "multilora", "lora")},
+                       "lora-equal-parameters": at_best(args, "lora", EQUAL_PARAMETERS)}, args.seeds)
+    results, spectra = work(plan, args, "MultiLoRA's claim"), {}
+    accuracy = accuracy_of(results)
+    claims = [judge("accuracy on the new tasks: MultiLoRA above LoRA at equal total rank", args.seeds,
                     accuracy["multilora"], accuracy["lora"])]
-    spectra = {}
-    if "sft" in names:
-        spectra = {name: [spectrum(args.out / runs[name, seed].folder, args.out / runs["sft", seed].folder)
-                          for seed in seeds] for name in names}
-        column = lambda name, key: [row[key] for row in spectra[name]]
-        far = lambda name, distance: [distance(a, b) for a, b in zip(spectra[name], spectra["sft"])]
-        ranks = lambda a, b: abs(a["effective_rank"] - b["effective_rank"])
-        curves = lambda a, b: sum(abs(x - y) for x, y in zip(a["values"], b["values"])) / 2
-        claims += [
-            judge("accuracy on the new tasks: MultiLoRA above LoRA at equal parameter count", seeds,
-                  accuracy["multilora"], accuracy["lora-equal-parameters"]),
-            judge("ΔW's first singular value, as a share: LoRA's above MultiLoRA's", seeds,
-                  column("lora", "first_value_share"), column("multilora", "first_value_share"), "share"),
-            judge("ΔW's effective rank: MultiLoRA's above LoRA's", seeds,
-                  column("multilora", "effective_rank"), column("lora", "effective_rank"), "directions"),
-            judge("ΔW's spectrum, distance from SFT's: LoRA's above MultiLoRA's", seeds,
-                  far("lora", curves), far("multilora", curves), "share"),
-            judge("ΔW's effective rank, distance from SFT's: LoRA's above MultiLoRA's", seeds,
-                  far("lora", ranks), far("multilora", ranks), "directions"),
-            judge("ΔW's leading subspace, share that lies in SFT's: MultiLoRA's above LoRA's", seeds,
-                  column("multilora", "similarity_to_sft"), column("lora", "similarity_to_sft"), "share")]
-        spectra["untrained"] = [noise(seed) for seed in seeds]
-        claims += against_noise(seeds, spectra)
-    section = section_of(args, "multilora")
-    sizes = {name: results[runs[name, seeds[0]]]["trainable_parameters"] for name in names}
-    show_claims(section, claims)
-    store(args, section, {"protocol": ALL + SUITES[args.suite], "tried": TRIED[section], "claims": claims,
-                          "accuracy": accuracy, "spectra": spectra, "trainable_parameters": sizes})
+    if args.suite == "default":
+        spectra = {name: [spectrum(run["folder"], sft["folder"]) for run, sft in zip(runs, results["sft"])]
+                   for name, runs in results.items()} | {"untrained": [noise(seed) for seed in args.seeds]}
+        of = lambda name, key: column(spectra[name], key)
+        rank = {name: column(rows, "effective_rank") for name, rows in spectra.items()}
+        far = lambda name: [abs(a - b) for a, b in zip(rank[name], rank["sft"])]
+        curves = lambda name: [sum(abs(x - y) for x, y in zip(a, b)) / 2
+                               for a, b in zip(of(name, "values"), of("sft", "values"))]
+        claims += [judge(statement, args.seeds, *rest) for statement, *rest in (
+            ("accuracy on the new tasks: MultiLoRA above LoRA at equal parameter count",
+             accuracy["multilora"], accuracy["lora-equal-parameters"]),
+            ("ΔW's first singular value, as a share: LoRA's above MultiLoRA's",
+             of("lora", "first_value_share"), of("multilora", "first_value_share"), "share"),
+            ("ΔW's effective rank: MultiLoRA's above LoRA's", rank["multilora"], rank["lora"], "directions"),
+            ("ΔW's spectrum, distance from SFT's: LoRA's above MultiLoRA's",
+             curves("lora"), curves("multilora"), "share"),
+            ("ΔW's effective rank, distance from SFT's: LoRA's above MultiLoRA's",
+             far("lora"), far("multilora"), "directions"),
+            ("ΔW's leading subspace, share that lies in SFT's: MultiLoRA's above LoRA's",
+             of("multilora", "similarity_to_sft"), of("lora", "similarity_to_sft"), "share"),
+            # a learned update should win against one of noise, if its spectrum were learned
+            ("ΔW's effective rank: MultiLoRA's above that of its untrained start, s = 1",
+             rank["multilora"], rank["untrained"], "directions"),
+            ("ΔW's effective rank, distance from SFT's: the untrained start's above MultiLoRA's",
+             far("untrained"), far("multilora"), "directions"))]
+    return {"protocol": ALL + HARD * (args.suite == "hard"), "claims": claims, "accuracy": accuracy, "spectra": spectra,
+            "trainable_parameters": {name: runs[0]["trainable_parameters"] for name, runs in results.items()}}
 
 
 def alone(run, task):
@@ -544,178 +465,152 @@ def alone(run, task):
 
 def claim_csreft(args):
     """Interference of each task: trained alone, on as many of its examples, minus trained together. And the gates."""
-    names = {"csreft": METHODS["csreft"], "loreft": METHODS["loreft"], "lora": METHODS["lora"]}
-    seeds = seeds_of(args)
-    runs = whole_runs(args, {**names, "csreft-first-token": FIRST_TOKEN}, ALL)
-    by_itself = {(name, seed, task): alone(runs[name, seed], task)
-                 for name in names for seed in seeds for task in builtin.NEW}
-    results = work([*runs.values(), *by_itself.values()], args, "CS-ReFT's claim")
-    after = lambda run, task: results[run]["tasks"][task]["after"]
-    interference = {name: [{
-        task: [after(by_itself[name, seed, task], task), after(runs[name, seed], task)]
-        for task in builtin.NEW} for seed in seeds] for name in names}
-    lost = {name: [statistics.mean(a - b for a, b in row.values()) for row in rows]
-            for name, rows in interference.items()}
-    accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds]
-                for name in (*names, "csreft-first-token")}
-    opened = {name: [gates(args.out / runs[name, seed].folder) for seed in seeds]
+    together = seeded({name: at_best(args, name) for name in ("csreft", "loreft", "lora", "csreft-first-token")},
+                      args.seeds)
+    apart = {name: [{task: alone(run, task) for task in builtin.NEW} for run in together[name]]
+             for name in ("csreft", "loreft", "lora")}
+    together, apart = work([together, apart], args, "CS-ReFT's claim")
+    after = lambda results, task: results["tasks"][task]["after"]
+    interference = {name: [{task: [after(results, task), after(whole, task)] for task, results in tasks.items()}
+                           for tasks, whole in zip(seeds, together[name])] for name, seeds in apart.items()}
+    lost = {name: [statistics.mean(a - b for a, b in row.values()) for row in seeds]
+            for name, seeds in interference.items()}
+    accuracy = accuracy_of(together)
+    opened = {name: [gates(results["folder"]) for results in together[name]]
               for name in ("csreft", "csreft-first-token")}
-    widths = {name: [[rounded(row[key]) for row in rows] for key in ("spread", "untrained_spread")]
-              for name, rows in opened.items()}
-    claims = [
-        judge("interference: LoReFT's, at equal total rank, above CS-ReFT's", seeds, lost["loreft"], lost["csreft"]),
-        judge("interference: LoRA's above CS-ReFT's", seeds, lost["lora"], lost["csreft"]),
-        judge("accuracy on the new tasks: CS-ReFT above LoReFT", seeds, accuracy["csreft"], accuracy["loreft"]),
-        judge("accuracy on the new tasks: CS-ReFT above LoRA", seeds, accuracy["csreft"], accuracy["lora"]),
-        judge("largest difference of a gate between two tasks: trained above untrained, routing on the prompt's mean",
-              seeds, *widths["csreft"], "gate"),
-        judge("largest difference of a gate between two tasks: trained above untrained, routing on the first token",
-              seeds, *widths["csreft-first-token"], "gate"),
-        judge("accuracy on the new tasks: routing on the prompt's mean above the first token", seeds,
-              accuracy["csreft"], accuracy["csreft-first-token"])]
-    show_claims("csreft", claims)
-    store(args, "csreft", {"protocol": ALL, "tried": TRIED["csreft"], "claims": claims, "accuracy": accuracy,
-                           "interference": interference, "gates": opened})
+    # rounded, so that a gate that is constant but for the last digits of float32 counts as a tie
+    widths = lambda name: [[round(width, 4) for width in column(opened[name], key)]
+                           for key in ("spread", "untrained_spread")]
+    claims = [judge(statement, args.seeds, *rest) for statement, *rest in (
+        ("interference: LoReFT's, at equal total rank, above CS-ReFT's", lost["loreft"], lost["csreft"]),
+        ("interference: LoRA's above CS-ReFT's", lost["lora"], lost["csreft"]),
+        ("accuracy on the new tasks: CS-ReFT above LoReFT", accuracy["csreft"], accuracy["loreft"]),
+        ("accuracy on the new tasks: CS-ReFT above LoRA", accuracy["csreft"], accuracy["lora"]),
+        ("largest difference of a gate between two tasks: trained above untrained, routing on the prompt's mean",
+         *widths("csreft"), "gate"),
+        ("largest difference of a gate between two tasks: trained above untrained, routing on the first token",
+         *widths("csreft-first-token"), "gate"),
+        ("accuracy on the new tasks: routing on the prompt's mean above the first token",
+         accuracy["csreft"], accuracy["csreft-first-token"]))]
+    return {"protocol": ALL, "claims": claims, "accuracy": accuracy, "interference": interference, "gates": opened}
 
 
 def front(args):
     """{row: [{"lr", "weight" for Wise-FT, "speciality", "versatility"}]} on validation data, one seed, by rate."""
     run_at = lambda name, lr: Run(f"facts-{name}@{lr:g}", f"{at(FRONT[name][0], lr)} {FACTS}", CHOSEN_WITH,
                                   "validation")
-    asked = {(name, lr): run_at(name, lr) for name, (_, lrs) in FRONT.items() for lr in lrs}
-    for again in range(3):
-        made = work(list(asked.values()), args, "the front" if not again else "the front, refined", may_fail=True)
-        points = {name: sorted((as_point(made[run], lr=lr) for (row, lr), run in asked.items()
-                                if row == name and run in made), key=lambda p: p["lr"]) for name in FRONT}
-        for name in REFINED:
+    plan, points = {name: {lr: run_at(name, lr) for lr in lrs} for name, (_, lrs) in FRONT.items()}, {}
+    for title in ("the front", "the front, refined", "the front, refined"):
+        for name in REFINED if points else ():
             enough = [p["lr"] for p in points[name] if p["speciality"] >= best_speciality(points["sft"]) - ENOUGH]
             below = [p["lr"] for p in points[name] if enough and p["lr"] < enough[0]]
-            if again < 2 and enough:
+            if enough:
                 lr = float(f"{math.sqrt(enough[0] * below[-1]) if below else enough[0] / 2:.1e}")
-                asked[name, lr] = run_at(name, lr)
-    mixed = {lr: replace(asked["sft", lr], wise=True) for lr in WISE_FROM}
-    made = work(list(mixed.values()), args, "Wise-FT")
-    points["wise-ft"] = [{"lr": lr, **p} for lr, run in mixed.items() for p in made[run]["points"]]
-    return points
+                plan[name][lr] = run_at(name, lr)
+        points = {name: [as_point(results, lr=lr) for lr, results in sorted(row.items()) if results]
+                  for name, row in work(plan, args, title, may_fail=True).items()}
+    mixed = work({lr: replace(plan["sft"][lr], wise=True) for lr in WISE_FROM}, args, "Wise-FT")
+    return points | {"wise-ft": [{"lr": lr, **p} for lr, results in mixed.items() for p in results["points"]]}
 
 
 def best_speciality(points):
-    return max(p["speciality"] for p in points)
+    return max(column(points, "speciality"))
 
 
 def claim_cofitune(args):
     """Versatility at about equal speciality, at one rate for both and each at its best; what the mask itself does."""
     points = front(args)
     # Best: most versatility among the rates within two points of SFT's best speciality.
-    best = {name: about_equal(points[name], best_speciality(points["sft"]), ENOUGH) for name in points}
+    best = {name: about_equal(row, best_speciality(points["sft"]), ENOUGH) for name, row in points.items()}
     print("\nbest of each row on validation data:")
     for name, p in best.items():
         print(f"  {name:<10}" + (", ".join(f"{key} {value:g}" for key, value in p.items()) if p else
                                  "never within two points of SFT's best speciality"))
     if not best["cofitune"]:
         raise UserError("CoFiTune never learns about as much as SFT: give it higher rates in FRONT")
-    rate = best["cofitune"]["lr"]
+    rate, mixed = best["cofitune"]["lr"], best["wise-ft"]
     flags = {**{name: at(FRONT[name][0], best[name]["lr"]) for name in REFINED if best[name]},
-             "sft-same-rate": at(FRONT["sft"][0], rate), "random-mask": at(PART + " --mask-source random", rate)}
-    if best["wise-ft"]:
-        flags["wise-source"] = at(FRONT["sft"][0], best["wise-ft"]["lr"])
-    seeds, named = seeds_of(args), {}  # rows that ask for the same run share it
-    runs = {(name, seed): Run("facts-" + named.setdefault(text, name), f"{text} {FACTS}", seed)
-            for name, text in flags.items() for seed in seeds}
-    results = work(list(dict.fromkeys(runs.values())), args, "CoFiTune's claim")
-    scores = {name: [as_point(results[runs[name, seed]]) for seed in seeds] for name in flags if name != "wise-source"}
-    if best["wise-ft"]:
-        mixed = {seed: replace(runs["wise-source", seed], wise=True) for seed in seeds}
-        results |= work(list(mixed.values()), args, "Wise-FT")
-        scores["wise-ft"] = [as_point(next(p for p in results[mixed[seed]]["points"]
-                                           if p["weight"] == best["wise-ft"]["weight"])) for seed in seeds]
-    column = lambda name, key: [score[key] for score in scores[name]]
-    versus = lambda text, ours, theirs: judge(
-        text, seeds, column(ours, "versatility"), column(theirs, "versatility"),
-        speciality=[column(ours, "speciality"), column(theirs, "speciality")])
+             "sft-same-rate": at(FRONT["sft"][0], rate), "random-mask": at(PART + " --mask-source random", rate),
+             **({"wise-source": at(FRONT["sft"][0], mixed["lr"])} if mixed else {})}
+    named = {}  # rows that ask for the same run share it
+    plan = {name: [Run("facts-" + named.setdefault(text, name), f"{text} {FACTS}", seed) for seed in args.seeds]
+            for name, text in flags.items()}
+    scores = points_of(work(plan, args, "CoFiTune's claim"))
+    if mixed:
+        del scores["wise-source"]
+        made = work([replace(run, wise=True) for run in plan["wise-source"]], args, "Wise-FT")
+        scores["wise-ft"] = [as_point(p) for results in made for p in results["points"]
+                             if p["weight"] == mixed["weight"]]
+    versus = lambda statement, *names: judge(
+        statement, args.seeds, *(column(scores[name], "versatility") for name in names),
+        speciality=[column(scores[name], "speciality") for name in names])
     claims = [versus("versatility, both at CoFiTune's best rate: CoFiTune above SFT", "cofitune", "sft-same-rate"),
               *(versus(f"versatility, each at its best rate: CoFiTune above {title}", "cofitune", other)
                 for other, title in (("sft", "SFT"), ("wise-ft", "Wise-FT"), ("coarse", "its coarse step alone"))
                 if other in scores),
               versus("versatility at one rate: CoFiTune above a random mask with the same values", "cofitune",
                      "random-mask")]
-    show_claims("cofitune", claims)
-    store(args, "cofitune", {"protocol": FACTS, "tried": TRIED["cofitune"], "claims": claims, "front": points,
-                             "best": best, "scores": scores, "flags": flags})
+    return {"protocol": FACTS, "claims": claims, "front": points, "best": best, "scores": scores, "flags": flags}
 
 
 def claim_spectrum(args):
     """Whether MultiLoRA's flat spectrum is learned: the same figures of updates that only start like its."""
-    seeds, rate = seeds_of(args), rate_of(args, "multilora")
-    runs = {(name, seed): Run(name if name == "multilora" else f"start-{name}", f"{at(flags, rate)} {ALL}", seed)
-            for seed in seeds for name, flags in STARTS.items()}
-    results = work(list(runs.values()), args, "the spectrum's controls")
-    figures = {name: [spectrum(args.out / runs[name, seed].folder) for seed in seeds] for name in STARTS}
-    column = lambda name: [row["effective_rank"] for row in figures[name]]
-    accuracy = {name: [results[runs[name, seed]]["speciality"] for seed in seeds] for name in STARTS}
-    titles = {"scales-alone": "trained scales on A and B as they start", "one-module": "one module of rank 12 with "
-              "scales", "lora-uniform-b": "LoRA with B in MultiLoRA's range"}
-    claims = [judge(f"ΔW's effective rank: MultiLoRA's above that of {title}", seeds, column("multilora"),
-                    column(name), "directions") for name, title in titles.items()]
-    show_claims("spectrum", claims)
-    store(args, "spectrum", {"protocol": ALL, "tried": TRIED["spectrum"], "claims": claims, "accuracy": accuracy,
-                             "spectra": figures})
+    starts = {name: at_best(args, "multilora", flags) for name, (_, flags) in STARTS.items()}
+    plan = seeded({"multilora": at_best(args, "multilora")}, args.seeds) | seeded(starts, args.seeds, "start-")
+    results = work(plan, args, "the spectrum's controls")
+    spectra = {name: [spectrum(run["folder"]) for run in runs] for name, runs in results.items()}
+    rank = {name: column(rows, "effective_rank") for name, rows in spectra.items()}
+    claims = [judge(f"ΔW's effective rank: MultiLoRA's above that of {title}", args.seeds, rank["multilora"],
+                    rank[name], "directions") for name, (title, _) in STARTS.items()]
+    return {"protocol": ALL, "claims": claims, "accuracy": accuracy_of(results), "spectra": spectra}
+
+
+# ---------------------------------------------------------------------------------------------- what is not judged
 
 
 def claim_search(args):
-    """CoFiTune by default, its search included, beside SFT over a grid of rates: H of both, on test data."""
-    seeds = range(3)
+    """CoFiTune by default, its search included, beside SFT over a grid of rates, on test data."""
     rows = {"cofitune": "--method cofitune", **{f"sft@{lr:g}": at("--method sft", lr) + f" {SEARCHED}"
                                                 for lr in SFT_RATES}}
-    runs = {(name, seed): Run(f"search-{name}", flags, seed) for name, flags in rows.items() for seed in seeds}
-    results = work(list(runs.values()), args, "CoFiTune by default")
-    scores = {name: [as_point(results[runs[name, seed]]) for seed in seeds] for name in rows}
-    print(f"\n{'':<14}{'speciality':>16}{'versatility':>16}{'H':>16}   each seed")
-    for name, points in scores.items():
-        harmonic = [2 * p["speciality"] * p["versatility"] / max(1e-9, p["speciality"] + p["versatility"])
-                    for p in points]
-        columns = [p["speciality"] for p in points], [p["versatility"] for p in points], harmonic
-        print(f"{name:<14}" + "".join(f"{statistics.mean(c):>9.1f} ± {spread(c):>4.1f}" for c in columns) + "   "
-              + ", ".join("{speciality:.1f} / {versatility:.1f}".format(**p) for p in points))
-    store(args, "search", {"protocol": SEARCHED, "scores": scores, "chosen": [
-        read_json(args.out / runs["cofitune", seed].folder / "config.json")["settled"] for seed in seeds]})
-
-
-def teach(args):
-    """One table of teaching numbers for each method, as Markdown."""
-    tables = {}
-    for method, (protocol, rows) in TEACH.items():
-        runs = {name: Run(f"teach-{method}-{i}", f"{flags} {protocol}", CHOSEN_WITH)
-                for i, (name, flags) in enumerate(rows.items())}
-        results = work(list(runs.values()), args, f"teaching numbers of {method}")
-        print(f"\n| {method}, {protocol} | speciality | versatility | and |\n|---|---|---|---|")
-        tables[method] = {name: {**as_point(results[run]), **results[run]["report"]} for name, run in runs.items()}
-        for name, row in tables[method].items():
-            if method == "csreft":
-                opened = gates(args.out / runs[name].folder)["gates"].values()
-                row["mean_gate"] = statistics.mean(gate for means in opened for gate in means)
-            more = (f"effective rank {row['effective_rank']:.1f}" if method == "multilora" else
-                    "largest overlap {largest_overlap:.2f}, mean gate {mean_gate:.2f}".format(**row))
-            print(f"| {name} | {row['speciality']:.1f} | {row['versatility']:.1f} | {more} |")
-    store(args, "teach", tables)
+    results = work(seeded(rows, range(3), "search-"), args, "CoFiTune by default")
+    return {"protocol": SEARCHED, "scores": points_of(results),
+            "chosen": [read_json(run["folder"] / "config.json")["settled"] for run in results["cofitune"]]}
 
 
 def controls(args):
-    """CoFiTune's controls: every setting at seeds 0, 1 and 2, as a table of Markdown."""
-    runs = {(name, seed): Run(f"controls-{name}", f"{flags} {CONTROLLED}", seed)
-            for seed in range(3) for name, flags in CONTROLS.items()}
-    results = work(list(runs.values()), args, "controls")
-    print("\n| run | speciality | versatility | Uni | seeds |\n|---|---|---|---|---|")
-    scores = {name: [as_point(results[runs[name, seed]]) for seed in range(3)] for name in CONTROLS}
-    for name, seeds in scores.items():
-        mean = [statistics.mean(s[key] for s in seeds) for key in ("speciality", "versatility")]
-        every = ", ".join("{speciality:.1f} / {versatility:.1f}".format(**s) for s in seeds)
-        print(f"| {name} | {mean[0]:.1f} | {mean[1]:.1f} | {sum(mean):.1f} | {every} |")
-    store(args, "controls", {"protocol": CONTROLLED, "flags": CONTROLS, "scores": scores})
+    """CoFiTune's controls, every setting at seeds 0, 1 and 2."""
+    rows = {name: f"{flags} {CONTROLLED}" for name, flags in CONTROLS.items()}
+    return {"protocol": CONTROLLED, "flags": CONTROLS,
+            "scores": points_of(work(seeded(rows, range(3), "controls-"), args, "controls"))}
+
+
+def teach(args):
+    """Teaching numbers of each method: one change at a time."""
+    tables = {}
+    for method, (protocol, rows) in TEACH.items():
+        plan = {name: Run(f"teach-{method}-{i}", f"{flags} {protocol}", CHOSEN_WITH)
+                for i, (name, flags) in enumerate(rows.items())}
+        tables[method] = {}
+        for name, results in work(plan, args, f"teaching numbers of {method}, {protocol}").items():
+            tables[method][name] = {**as_point(results), **results["report"]}
+            if method == "csreft":
+                opened = gates(results["folder"])["gates"].values()
+                tables[method][name]["mean_gate"] = statistics.mean(gate for means in opened for gate in means)
+    return tables
 
 
 CLAIMS = {"multilora": claim_multilora, "csreft": claim_csreft, "cofitune": claim_cofitune,
           "spectrum": claim_spectrum, "search": claim_search}
+
+
+def store(args, section, value):
+    """Puts a section into compare.json in --out."""
+    everything = {**load(args.out / "compare.json"), section: value,
+                  "machine": {"cpu_cores": os.cpu_count(), "jobs": args.jobs, "threads": args.threads,
+                              **provenance([])["versions"]}}
+    write_json(args.out / "compare.json", everything)
+    with written(args.out / "compare.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(leaves(everything))
 
 
 def main():
@@ -727,7 +622,8 @@ def main():
     parser.add_argument("--claim", choices=CLAIMS, help="judge a paper's claim instead")
     parser.add_argument("--controls", action="store_true", help="CoFiTune's controls instead")
     parser.add_argument("--teach", action="store_true", help="one change at a time instead, one seed")
-    parser.add_argument("--suite", choices=SUITES, default="default", help="hard: twelve new tasks instead of six")
+    parser.add_argument("--suite", choices=("default", "hard"), default="default",
+                        help="hard: twelve new tasks instead of six")
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of all runs (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (%(default)s)")
@@ -742,9 +638,16 @@ def main():
         parser.error(f"--seeds is {args.seeds}, expected from {5 if args.claim else 1} to {len(SEEDS)}")
     if min(args.jobs, args.threads) < 1:
         parser.error("--jobs and --threads must be at least 1")
-    (tune if args.tune else controls if args.controls else teach if args.teach else
-     CLAIMS[args.claim] if args.claim else compare)(args)
-    print(f"\n{args.out / 'compare.json'}")
+    args.seeds = list(SEEDS[: args.seeds])
+    make, section = ((tune, "tune") if args.tune else (controls, "controls") if args.controls else
+                     (teach, "teach") if args.teach else (CLAIMS[args.claim], args.claim) if args.claim else
+                     (compare, "quick" if args.quick else "compare"))
+    section += "-hard" * (args.suite == "hard")
+    value = make(args)
+    if section in TRIED:
+        value["tried"] = TRIED[section]
+    store(args, section, value)
+    print(f"\n{shown(section, value)}\n\n{args.out / 'compare.json'}")
 
 
 if __name__ == "__main__":

@@ -45,22 +45,22 @@ def main():
     config = Config(**saved["settings"])
     suite, tokenizer = load_data(config, limit=args.eval_limit or config.eval_limit, train=False)
     new = replace(suite, tests={task: e for task, e in suite.tests.items() if suite.group[task] == "new"})
-    k, names = adapter.edits.config.subspaces, [f"subspace {i}" for i in range(adapter.edits.config.subspaces)]
+    edits, k = adapter.edits, adapter.edits.config.subspaces
     score = lambda: {task: data.main_figure(figures) for task, figures in data.evaluate(
         model, new, tokenizer, config.batch_size, config.max_new_tokens).items()}
 
-    table("mean gate of each subspace", names, gates_by_task(model, adapter, suite.tests, tokenizer.pad_id))
-    soft, without = score(), []
-    for i in range(k):
-        adapter.edits.off = i
-        without.append(score())
-    adapter.edits.off = None
-    table("score in % (or loss), and with one subspace switched off", ["all on"] + [f"no {i}" for i in range(k)],
-          {task: [soft[task]] + [w[task] for w in without] for task in new.tests})
-    if adapter.edits.router is not None:
-        adapter.edits.config.gate = "hard"
+    table("mean gate of each subspace", [f"subspace {i}" for i in range(k)],
+          gates_by_task(model, adapter, suite.tests, tokenizer.pad_id))
+    scores = []
+    for edits.off in (None, *range(k)):
+        scores.append(score())
+    soft, edits.off = scores[0], None
+    table("score in % (or loss), and with one subspace switched off", ["all on", *(f"no {i}" for i in range(k))],
+          {task: [s[task] for s in scores] for task in new.tests})
+    if edits.router is not None:
+        edits.config.gate = "hard"
         hard, opened = score(), gates_by_task(model, adapter, new.tests, tokenizer.pad_id)
-        table(f"soft gates, hard gates (α > {adapter.edits.config.threshold}) and share of them open",
+        table(f"soft gates, hard gates (α > {edits.config.threshold}) and share of them open",
               ["soft", "hard", "open"], {task: [soft[task], hard[task], sum(opened[task]) / k] for task in new.tests})
         means = [new.means({task: {"": s[task]} for task in new.tests})[0] for s in (soft, hard)]
         if None not in means:

@@ -8,6 +8,7 @@ The first values are divided by their sum; their effective rank is the exponenti
 """
 
 from pathlib import Path
+from statistics import mean
 
 import torch
 
@@ -36,6 +37,16 @@ def changes(run_dir):
     return moved, None
 
 
+def figures(deltas, rank, others):
+    """Means over {name: ΔW}: the first `rank` singular values, their spread, and the similarity to others' of the same
+    name (None without any)."""
+    values = torch.stack([singular_values(delta, rank) for delta in deltas.values()])
+    shares, ranks = zip(*map(spread, values))
+    alike = [similarity(delta, others[name], rank) for name, delta in deltas.items() if name in others]
+    return {"values": values.mean(0).tolist(), "first_value_share": mean(shares), "effective_rank": mean(ranks),
+            "similarity_to_sft": mean(alike) if alike else None}
+
+
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="run folder, such as out/multilora")
@@ -47,24 +58,24 @@ def main():
     others = changes(args.against)[0] if args.against else {}
 
     print(f"{args.run}: singular values of ΔW, the first {rank} scaled to sum 1, mean over layers")
-    head = f"{'layer kind':<12}{'first share':>12}{'eff. rank':>11}"
-    print(head + (f"{'other first':>13}{'other eff.':>12}{'similarity':>12}" if others else "") + "   values")
+    heads = ["first share", "eff. rank", *(["other first", "other eff.", "similarity"] if others else [])]
+    print(f"{'layer kind':<12}" + "".join(f"{head:>12}" for head in heads) + "   values")
     rows = []
     for kind in LINEARS:
-        names = [name for name in deltas if name.endswith(f"{kind}.weight")]
-        if not names:
+        mine = {name: delta for name, delta in deltas.items() if name.endswith(f"{kind}.weight")}
+        if not mine:
             continue
-        values = torch.stack([singular_values(deltas[name], rank) for name in names])
-        row = [sum(column) / len(names) for column in zip(*(spread(v) for v in values))]
-        if others:
-            against = [spread(singular_values(others[name], rank)) for name in names if name in others]
-            alike = [similarity(deltas[name], others[name], rank) for name in names if name in others]
-            row += [sum(c) / len(against) for c in zip(*against)] + [sum(alike) / len(alike)] if against else []
-        rows.append(row)
-        cells = "".join(f"{x:>{w}.3f}" for x, w in zip(row, (12, 11, 13, 12, 12)))
-        print(f"{kind:<12}{cells}   " + " ".join(f"{v:.3f}" for v in values.mean(0)[:12]))
-    cells = "".join(f"{sum(c) / len(c):>{w}.3f}" for c, w in zip(zip(*rows), (12, 11, 13, 12, 12)))
-    print(f"{'mean':<12}{cells}")
+        of = figures(mine, rank, others)
+        rows.append([of["first_value_share"], of["effective_rank"]])
+        if theirs := {name: others[name] for name in mine if name in others}:
+            against = figures(theirs, rank, {})
+            rows[-1] += [against["first_value_share"], against["effective_rank"], of["similarity_to_sft"]]
+        print(line(kind, rows[-1]) + "   " + " ".join(f"{v:.3f}" for v in of["values"][:12]))
+    print(line("mean", [mean(column) for column in zip(*rows)]))
+
+
+def line(title, figures):
+    return f"{title:<12}" + "".join(f"{figure:>12.3f}" for figure in figures)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,23 @@ from model import UserError, read_json, written
 HERE = Path(__file__).resolve().parent
 STORED, README = HERE / "results" / "compare.json", HERE / "README.md"
 MARK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(?:(?!<!-- table).)*?(<!-- end of table -->)", re.S)
+PAIR = "{:.1f} / {:.1f}"
 
 
-def markdown(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+def column(rows, key):
+    return [row[key] for row in rows]
 
 
-def deviation(values):
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def mean_and_spread(values):
+    return [statistics.mean(values), spread(values)]
+
+
+def about(values, digits=1):
+    return "{:.{digits}f} ± {:.{digits}f}".format(*mean_and_spread(values), digits=digits)
 
 
 def plain(value):
@@ -29,114 +38,134 @@ def plain(value):
     return f"{float(digits):g}e{int(exponent)}"
 
 
-# ---------------------------------------------------------------------------------------------- tables of compare.json
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def comparison(everything):
-    rows = []
-    for name, row in everything["compare"]["rows"].items():
-        low, high = zip(row["band"]["speciality"], row["band"]["versatility"])
-        rows.append([f"`{name}`", plain(row["lr"]), f"{row['share']:.1f} %",
-                     "**{:.1f}** ± {:.1f}".format(*row["speciality"]), f"{low[0]:.1f} to {high[0]:.1f}",
-                     "{:.1f} ± {:.1f}".format(*row["versatility"]), f"{low[1]:.1f} to {high[1]:.1f}",
-                     f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"])
+# ---------------------------------------------------------------------------- tables of a section of compare.json
+
+
+def comparison(section):
     return markdown(["method", "rate", "trained / base", "speciality", "its band", "versatility", "its band", "s",
-                     "MiB"], rows)
+                     "MiB"], [
+        [f"`{name}`", plain(row["lr"]), f"{row['share']:.1f} %",
+         "**{:.1f}** ± {:.1f}".format(*row["speciality"]), "{:.1f} to {:.1f}".format(*row["band"]["speciality"]),
+         "{:.1f} ± {:.1f}".format(*row["versatility"]), "{:.1f} to {:.1f}".format(*row["band"]["versatility"]),
+         f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 2**20:.0f}"] for name, row in section["rows"].items()])
 
 
-def tasks(everything):
-    rows = everything["compare"]["rows"]
-    names = list(next(iter(rows.values()))["tasks"])
-    return markdown(["method", *names],
-                    [[f"`{name}`", *("{:.1f} ± {:.1f}".format(*row["tasks"][task]) for task in names)]
-                     for name, row in rows.items()])
+def tasks(section):
+    rows = {name: row["tasks"] for name, row in section["rows"].items()}
+    names = list(next(iter(rows.values())))
+    return markdown(["method", *names], [
+        [f"`{name}`", *("{:.1f} ± {:.1f}".format(*row[task]) for task in names)] for name, row in rows.items()])
 
 
-def tuning(everything):
-    table = everything["tune"]
-
+def tuning(section):
     def cell(point, best):
-        text = f"{plain(point['lr'])}: {point['speciality']:.1f} / {point['versatility']:.1f}"
+        text = f"{plain(point['lr'])}: " + PAIR.format(point["speciality"], point["versatility"])
         return f"**{text}**" if point["lr"] == best else text
 
     return markdown(["method", "rate: speciality / versatility"], [
-        [f"`{name}`", ", ".join(cell(point, table["best"][name]) for point in row)]
-        for name, row in table["grid"].items()])
+        [f"`{name}`", ", ".join(cell(point, section["best"][name]) for point in row)]
+        for name, row in section["grid"].items()])
 
 
-def claims(name):
-    def table(everything):
-        def values(claim):
-            digits = 2 if claim["unit"] in ("share", "gate") else 1
-            return ", ".join(f"{a:.{digits}f} / {b:.{digits}f}" for a, b in zip(claim["ours"], claim["theirs"]))
-
-        rows = [[claim["statement"], f"**{claim['verdict']}**", f"{claim['p']:.3f}", f"{claim['p_other_way']:.3f}",
-                 values(claim)] for claim in everything[name]["claims"]]
-        specialities = [claim["speciality"] for claim in everything[name]["claims"]]
-        if any(specialities):
-            for row, pair in zip(rows, specialities):
-                row.append("{:.1f} / {:.1f}".format(*map(statistics.mean, pair)))
-        head = ["claim", "verdict", "p", "p, other way", "each seed"]
-        tried = everything[name]["tried"]
-        return (markdown(head + ["mean speciality"] * any(specialities), rows)
-                + f"\n\nProtocols tried for this claim: {len(tried)}; judged: {tried[-1]}.")
-
-    return table
+def claims(section):
+    rows = []
+    for claim in section["claims"]:
+        digits = 2 if claim["unit"] in ("share", "gate") else 1
+        seeds = ", ".join(f"{a:.{digits}f} / {b:.{digits}f}" for a, b in zip(claim["ours"], claim["theirs"]))
+        fair = [PAIR.format(*map(statistics.mean, claim["speciality"]))] if claim["speciality"] else []
+        rows.append([claim["statement"], f"**{claim['verdict']}**", f"{claim['p']:.3f}", f"{claim['p_other_way']:.3f}",
+                     seeds, *fair])
+    head, tried = ["claim", "verdict", "p", "p, other way", "each seed", "mean speciality"], section["tried"]
+    return (markdown(head[: len(rows[0])], rows)
+            + f"\n\nProtocols tried for this claim: {len(tried)}; judged: {tried[-1]}.")
 
 
-def spectra(everything):
-    section = everything["multilora"]
+def spectra(section):
     titles = {"sft": "SFT", "multilora": "MultiLoRA, n 3, r 4", "lora": "LoRA, r 12",
               "lora-equal-parameters": "LoRA, r 14"}
-    column = lambda name, key, digits: (f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-                                        if len(values := [row[key] for row in section["spectra"][name]]) > 1
-                                        else f"{values[0]:.{digits}f}")
+    cell = lambda name, key, digits: about(column(section["spectra"][name], key), digits)
     return markdown(["first 12 singular values", "trained", "new tasks", "first value's share", "effective rank",
                      "leading subspace in SFT's"], [
-        [title, f"{section['trainable_parameters'][name]:,}", deviation(section["accuracy"][name]),
-         column(name, "first_value_share", 3), column(name, "effective_rank", 1),
-         "" if name == "sft" else column(name, "similarity_to_sft", 3)] for name, title in titles.items()])
+        [title, f"{section['trainable_parameters'][name]:,}", about(section["accuracy"][name]),
+         cell(name, "first_value_share", 3), cell(name, "effective_rank", 1),
+         "" if name == "sft" else cell(name, "similarity_to_sft", 3)] for name, title in titles.items()])
 
 
-def interference(everything):
-    section = everything["csreft"]["interference"]
-    names = list(next(iter(section.values()))[0])
-    cell = lambda pairs: "{:.1f} − {:.1f} = {:+.1f}".format(
-        *(statistics.mean(column) for column in zip(*[(a, b, a - b) for a, b in pairs])))
+def interference(section):
     titles = {"csreft": "CS-ReFT", "loreft": "LoReFT", "lora": "LoRA"}
-    rows = [[task, *(cell([row[task] for row in section[name]]) for name in titles)] for task in names]
-    rows.append(["**mean**", *(cell([pair for row in section[name] for pair in row.values()]) for name in titles)])
-    return markdown(["alone − together", *titles.values()], rows)
+    of = {name: section["interference"][name] for name in titles}  # {name: [{task: [alone, together]} by seed]}
+
+    def row(title, names):
+        means = [[statistics.mean(side) for side in zip(*(seed[name] for seed in of[method] for name in names))]
+                 for method in titles]
+        return [title, *(f"{alone:.1f} − {together:.1f} = {alone - together:+.1f}" for alone, together in means)]
+
+    names = list(of["csreft"][0])
+    return markdown(["alone − together", *titles.values()],
+                    [*(row(name, [name]) for name in names), row("**mean**", names)])
 
 
-def front(everything):
-    section = everything["cofitune"]
+def front(section):
     titles = {"sft": "SFT", "coarse": "CoFiTune, coarse only", "cofitune": "CoFiTune", "wise-ft": "Wise-FT",
               "sft-l2": "SFT with L2 to the base", "lora": "LoRA", "random-mask": "CoFiTune, random mask",
               "sft-same-rate": "SFT at CoFiTune's rate"}
     rows = []
-    for name, title in titles.items():
-        if name not in section["scores"]:
-            continue
+    for name, scores in ((name, section["scores"][name]) for name in titles if name in section["scores"]):
         point = section["best"].get(name)
-        where = section["flags"].get(name, "").split()
-        rate = plain(float(where[where.index("--lr") + 1]) if where else point["lr"])
-        chosen = f"{point['speciality']:.1f} / {point['versatility']:.1f}" if point else ""
-        scores = section["scores"][name]
+        rate = plain(point["lr"] if point else float(section["flags"][name].split("--lr ")[1].split()[0]))
         weight = f", weight {point['weight']:g}" if point and "weight" in point else ""
-        rows.append([title, rate + weight, chosen, deviation([s["speciality"] for s in scores]),
-                     deviation([s["versatility"] for s in scores])])
+        rows.append([titles[name], rate + weight,
+                     PAIR.format(point["speciality"], point["versatility"]) if point else "",
+                     about(column(scores, "speciality")), about(column(scores, "versatility"))])
     return markdown(["", "rate", "validation, seed 0", "speciality, test", "versatility, test"], rows)
 
 
-TABLES = {"comparison": comparison, "tasks": tasks, "tuning": tuning, "spectra": spectra,
-          "interference": interference, "front": front,
-          **{f"claims-{name}": claims(name) for name in ("multilora", "multilora-hard", "csreft", "cofitune")}}
+def scores(section):
+    """With the sum of both scores (Uni), and their harmonic mean (H)."""
+    rows = []
+    for name, points in section["scores"].items():
+        pairs = [(p["speciality"], p["versatility"]) for p in points]
+        harmonic = [2 * s * v / max(1e-9, s + v) for s, v in pairs]
+        rows.append([name, *map(about, (*zip(*pairs), [s + v for s, v in pairs], harmonic)),
+                     ", ".join(PAIR.format(*pair) for pair in pairs)])
+    return markdown(["row", "speciality", "versatility", "Uni", "H", "each seed"], rows)
+
+
+def teaching(section):
+    digits = {"speciality": 1, "versatility": 1, "effective_rank": 1, "largest_overlap": 2, "mean_gate": 2}
+
+    def table(method, rows):
+        keys = [key for key in digits if key in next(iter(rows.values()))]
+        return markdown([method, *(key.replace("_", " ") for key in keys)],
+                        [[name, *(f"{row[key]:.{digits[key]}f}" for key in keys)] for name, row in rows.items()])
+
+    return "\n\n".join(table(*part) for part in section.items())
+
+
+# {name in README: (section of compare.json, its table)}
+TABLES = {"comparison": ("compare", comparison), "tasks": ("compare", tasks), "tuning": ("tune", tuning),
+          **{f"claims-{name}": (name, claims) for name in ("multilora", "multilora-hard", "csreft", "cofitune")},
+          "spectra": ("multilora", spectra), "interference": ("csreft", interference), "front": ("cofitune", front)}
+UNPUBLISHED = {"quick": comparison, "spectrum": claims, "search": scores, "controls": scores, "teach": teaching}
+
+
+def shown(name, section):
+    """Every table of a section of compare.json."""
+    tables = [table for of, table in TABLES.values() if of == name] or [UNPUBLISHED[name]]
+    return "\n\n".join(table(section) for table in tables)
 
 
 def rewritten(text, everything):
     """The README with the tables between its marks made anew. KeyError for a section that is not in compare.json."""
-    return MARK.sub(lambda m: m[1] + "\n" + TABLES[m[2]](everything) + "\n\n" + m[3], text)
+    def fresh(mark):
+        section, table = TABLES[mark[2]]
+        return f"{mark[1]}\n{table(everything[section])}\n\n{mark[3]}"
+
+    return MARK.sub(fresh, text)
 
 
 def main():

@@ -291,6 +291,40 @@ def test_a_quick_comparison_survives_a_kill_lands_in_its_published_band_and_is_m
     assert "holds another run: --steps was 151, and is now 150" in one_line_error(*command, run=cli)
 
 
+def test_a_plan_is_filled_in_its_own_shape_and_what_fails_is_none_or_an_error(tmp_path, monkeypatch, capsys):
+    """Processes are stood in for: each leaves its seed as its score, and the one at seed 2 fails."""
+    class Process:
+        def __init__(self, target, args, daemon):
+            self.command, self.exitcode = args[0], None
+
+        def start(self):
+            *argv, _, out = self.command[1:]
+            config, method_config, _ = train.parse(argv)
+            self.exitcode = 3 * (config.seed == 2)
+            if not self.exitcode:
+                (tmp_path / out).mkdir()
+                asked = train.identity(config, method_config, *train.place(config))
+                (tmp_path / out / "config.json").write_text(json.dumps({"asked": asked}))
+                scores = {"speciality": config.seed, "versatility": 1, "seconds": 1}
+                (tmp_path / out / "results.json").write_text(json.dumps(scores))
+
+        def join(self):
+            pass
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Process))
+    runs = [compare.Run("sft", "--method sft", seed) for seed in range(4)]
+    plan, args = {"all": runs, "one": {"again": runs[3]}}, SimpleNamespace(out=tmp_path, jobs=2, threads=1)
+    results = compare.work(plan, args, "four", may_fail=True)
+    assert [found and found["speciality"] for found in results["all"]] == [0, 1, None, 3]
+    assert results["one"] == {"again": results["all"][3]} and results["all"][0]["folder"] == tmp_path / "sft-test-0"
+    printed = capsys.readouterr().out
+    assert "four: 4 of 4 runs to make" in printed and f"{tmp_path / 'sft-test-2'} ended with code 3" in printed
+    with pytest.raises(compare.UserError, match="ended with code 3"):
+        compare.work(plan, args, "again")
+    assert "again: 1 of 4 runs to make" in capsys.readouterr().out
+
+
 @pytest.fixture
 def two_tasks(monkeypatch):
     monkeypatch.setattr(builtin, "NEW", {task: builtin.NEW[task] for task in ("tool", "cipher")})
@@ -314,11 +348,19 @@ def test_a_task_alone_is_a_run_on_that_task(runs, tmp_path, two_tasks, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     together = compare.Run("loreft", " ".join(ALONE), 0)
     made = {task: compare.alone(together, task) for task in builtin.NEW}
-    results = compare.work(list(made.values()), SimpleNamespace(out=tmp_path, jobs=1, threads=1), "alone")
-    for task, run in made.items():
+    results = compare.work(made, SimpleNamespace(out=tmp_path, jobs=1, threads=1), "alone")
+    for task in made:
         one = runs("--method", "loreft", "--tasks", task, "--steps", "20", "--batch-size", "24", "--eval-limit", "20")
         one = json.loads((one / "results.json").read_text())["tasks"][task]
-        assert one["after"] == results[run]["tasks"][task]["after"]
+        assert one["after"] == results[task]["tasks"][task]["after"]
+
+
+@pytest.mark.parametrize("program", sorted(
+    f"{room}.{file.stem}" for room in ("reproduce", "tools", "bench") for file in (HERE / room).glob("[a-z]*.py")))
+def test_every_program_explains_its_flags(program):
+    if program == "reproduce.figures":
+        pytest.importorskip("matplotlib")
+    assert here("-m", program, "--help").stdout.startswith(f"usage: {program} [-h]")
 
 
 @pytest.mark.parametrize("program, args, names", [

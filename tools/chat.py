@@ -7,6 +7,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -109,17 +110,10 @@ def main():
         answer([Segment(args.prompt, "user")])
         return
     said = []
-    while line := ask():
-        said.append(Segment(line, "user"))
-        said.append(Segment(answer(said), "assistant", trained=True))
-
-
-def ask():
-    """The next line of the person, empty at the end of a conversation."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    with suppress(EOFError):
+        while line := input("> ").strip():
+            said.append(Segment(line, "user"))
+            said.append(Segment(answer(said), "assistant", trained=True))
 
 
 if __name__ == "__main__":
