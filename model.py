@@ -127,6 +127,9 @@ class LlamaConfig:
         config = cls(**known)
         if config.num_attention_heads % config.num_key_value_heads:
             refuse("num_key_value_heads", f"a divisor of num_attention_heads = {config.num_attention_heads}")
+        widest = max(config.vocab_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+        if widest * config.hidden_size >= 2**48:
+            refuse("hidden_size", f"a size that fits a machine: a weight has {widest:,} rows of that many numbers")
         if config.head_dim % 2:
             refuse("head_dim", "an even number, because RoPE turns pairs of channels")
         return config

@@ -27,7 +27,7 @@ import data
 import formats
 from base import suite as builtin
 from engine.checkpoint import Checkpoint, save_tensors, signals_kept
-from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
+from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
 from model import fits, typed, write_json, written
@@ -278,10 +278,9 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
                     loss = loss + adapter.penalty(batch.ctx) / config.grad_accum
                 loss.backward()
                 total += loss.item()
-            if not math.isfinite(total):
-                raise UserError(f"the loss is {total} at step {step}: try a lower --lr than {config.lr:g}")
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(params, config.clip)
+            norm = float(torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf))
+            if not (math.isfinite(total) and math.isfinite(norm)):
+                raise not_finite(step, total, norm, group, config.lr)
             adapter.before_step()
             optimizer.step()
             adapter.after_step()
@@ -300,6 +299,13 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
             if caught:
                 raise Stopped(caught[0], f"stopped after step {step} of {config.steps}")
     model.eval()
+
+
+def not_finite(step, loss, norm, group, lr):
+    """The UserError that names a step whose loss or gradients are not finite, and the examples of its group."""
+    named = ", ".join(e.source[-24:] for e in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
+    return UserError(f"at step {step} the loss is {loss:g} and the gradients' norm {norm:g} (examples {named}): try a "
+                     f"lower --lr than {lr:g}")
 
 
 class Log:
@@ -391,14 +397,15 @@ def run(config, method_config=None, argv=(), trial=None):
         if "settled" not in saved:
             write_json(folder.path / "config.json", {**note, "settled": asdict(method_config)})
         keep = Checkpoint(folder)
-        goes_on = lambda: f"{folder.path} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
+        goes_on = lambda: (f"{folder.path} holds the first {keep.facts['step']} steps" if "step" in keep.facts else
+                           f"{out} is as it was" if folder.path != folder.out else "")
         try:
             results = learn(config, config.method, model, adapter, suite, tokenizer, folder, keep, trial and trial[1])
             write_json(out / "results.json", results)
         except Stopped as stopped:
             raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
-        except (UserError, OSError) as error:
-            raise UserError("; ".join(filter(None, (str(error), goes_on())))) from None
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            raise UserError("; ".join(filter(None, (told(error), goes_on())))) from None
         for name in ("checkpoint.safetensors", *(["adapter.safetensors"] if trial else [])):
             (out / name).unlink(missing_ok=True)
         return results

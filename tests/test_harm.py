@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -12,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from engine.folder import beside, locked
+from data import Tokenizer
+from engine.checkpoint import Checkpoint
+from engine.flags import told
+from engine.folder import RunFolder, beside, locked
 from model import Llama, UserError
-from tests.helpers import BASE, HERE, cli, here, one_line_error, start, tiny
+from tests.helpers import BASE, HERE, cli, here, one_line_error, start, tiny, written
 from tests.test_resume import kill, left, lines
 
 RUN = ("train.py", "--method", "lora", "--tasks", "currency", "--steps", "6", "--batch-size", "4", "--eval-limit", "2",
@@ -132,6 +136,75 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     with locked(tmp_path / "run"):
         pass
     assert alone(tmp_path / "run")
+
+
+def broken_at(monkeypatch, step, harm):
+    """Training whose forward pass ends as harm(loss) from this step on. Returns a list for its last batch of ids."""
+    forward, seen, count = Llama.forward, [], iter(range(1, 10**6))
+
+    def broken(self, ids, *args, **options):
+        seen[:] = [ids]
+        loss = forward(self, ids, *args, **options)
+        return loss if next(count) < step else harm(loss)
+
+    monkeypatch.setattr(Llama, "forward", broken)
+    return seen
+
+
+@pytest.mark.parametrize("harm, words, clip", [
+    (lambda loss: loss / 0, "the loss is inf", "1"),
+    *((lambda loss: loss + (loss - loss.detach()).sqrt(), "norm nan", clip) for clip in ("0", "1"))],
+    ids=["loss", "slope alone", "slope alone, clipped"])
+def test_a_step_that_is_not_finite_names_its_rows_and_the_last_checkpoint(tmp_path, monkeypatch, harm, words, clip):
+    written(tmp_path / "rows.jsonl", [{"prompt": f"number {i}", "completion": "x"} for i in range(30)])
+    seen = broken_at(monkeypatch, 5, harm)
+    message = one_line_error(*RUN[:3], *RUN[5:], "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run",
+                             "--clip", clip)
+    assert "at step 5 " in message and words in message and message.endswith("run holds the first 4 steps")
+    lines = [int(line) for line in re.findall(r"rows\.jsonl:(\d+)", message)]
+    texts = map(Tokenizer.from_pretrained(BASE).decode, seen[0].tolist())
+    assert len(lines) == 3 and "and 1 more" in message
+    assert set(lines) <= {int(re.search(r"number (\d+)", text)[1]) + 1 for text in texts}
+    assert Checkpoint(RunFolder(tmp_path / "run")).facts["step"] == 4
+
+
+def test_a_model_whose_numbers_overflow_is_not_scored(tmp_path):
+    """Every weight is finite, the logits are not: no figure of results.json would mean anything."""
+    shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("pretraining"))
+    tensors = load_file(BASE / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * 0 + 3e38},
+              tmp_path / "base" / "model.safetensors")
+    message = one_line_error("train.py", "--eval-only", "--base", tmp_path / "base", "--eval-limit", "2", "--tasks",
+                             "currency", "--out", tmp_path / "run")
+    assert "(example currency " in message and "overflow" in message and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel"), OSError(12, "Cannot allocate memory")])
+def test_too_little_memory_is_one_line(error):
+    assert told(error) == f"not enough memory: {str(error).partition(chr(10))[0]}"
+    with pytest.raises(type(bug := RuntimeError("shapes differ"))):
+        told(bug)
+
+
+def test_after_too_little_memory_the_last_checkpoint_stays(runs, tmp_path, monkeypatch):
+    def harm(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    broken_at(monkeypatch, 5, harm)
+    message = one_line_error(*RUN, "--out", tmp_path / "run")
+    assert "not enough memory: CUDA out of memory. Tried to allocate 2.00 GiB.; " in message
+    assert message.endswith("holds the first 4 steps")
+    monkeypatch.undo()
+    here(*RUN, "--out", tmp_path / "run")
+    assert left(tmp_path / "run") == left(runs(*RUN[1:]))
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    broken_at(monkeypatch, 2, lambda loss: loss @ loss)
+    with pytest.raises(RuntimeError, match="both arguments"):
+        here(*RUN, "--out", tmp_path / "run")
 
 
 def test_what_is_not_finite_is_neither_saved_nor_loaded(old, tmp_path):

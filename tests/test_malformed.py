@@ -22,7 +22,7 @@ CONFIGS = [
     ("rope_scaling", {"rope_type": "linear", "factor": -2.0}), ("rope_parameters", {"rope_theta": "x"}),
     ("rope_parameters", {"rope_theta": [1]}), ("num_hidden_layers", 1_000_000), ("num_hidden_layers", 1),
     ("model_type", 3), ("model_type", "gpt2"), ("hidden_act", "gelu"), ("quantization_config", {"bits": 4}),
-    ("eos_token_id", "x"), ("bos_token_id", 1.5)]
+    ("eos_token_id", "x"), ("bos_token_id", 1.5), ("hidden_size", 2**31), ("head_dim", 2**39), ("head_dim", 2**35)]
 
 
 @pytest.mark.parametrize("key, value", CONFIGS, ids=lambda value: str(value)[:40])
