@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
-from model import Context, UserError, read_json, write_json
+from model import Context, UserError, read_json, write_json, written
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -175,8 +175,8 @@ class Tokenizer:
 
     def save(self, path):
         """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
-        path.mkdir(parents=True, exist_ok=True)
-        self.fast.save(str(path / "tokenizer.json"))
+        with written(path / "tokenizer.json") as part:
+            part.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
         special = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                     **{name: self.fast.id_to_token(i) for name, i in special.items()}, "template": self.template}

@@ -1,5 +1,6 @@
 """Nothing is lost: whatever stops a run, either the old one or the new one is whole, and one line says why."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,9 @@ import resource
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +22,8 @@ from engine.checkpoint import Checkpoint
 from engine.flags import told
 from engine.folder import RunFolder, beside, locked
 from model import Llama, UserError
-from tests.helpers import BASE, HERE, cli, here, one_line_error, start, tiny, written
+from reproduce import compare
+from tests.helpers import BASE, HERE, SEARCH, cli, here, one_line_error, start, tiny, written
 from tests.test_resume import kill, left, lines
 
 RUN = ("train.py", "--method", "lora", "--tasks", "currency", "--steps", "6", "--batch-size", "4", "--eval-limit", "2",
@@ -71,26 +76,119 @@ def test_a_kill_between_the_two_renames_is_repaired(old, new):
     assert content(old) == before and alone(old)
 
 
-@pytest.mark.parametrize("n", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3, 4, 6, 7, 8))])
-def test_a_write_that_fails_leaves_something_whole(runs, tmp_path, monkeypatch, n):
-    """The n-th time something is put on the disk there is no room; the same command with room ends at the same bytes.
-    A run of six steps writes eight times: config, metrics, three checkpoints, adapter, results (and once no more)."""
-    out, calls, fsync = tmp_path / "run", [], os.fsync
+PLACES = ("create", "write", "flush", "rename")  # where the writer of files can fail
 
-    def full(number):
-        calls.append(number)
-        if len(calls) == n:
-            raise OSError(28, "No space left on device")
-        fsync(number)
 
-    monkeypatch.setattr(os, "fsync", full)
-    done = here(*RUN, "--out", out, code=2 if n <= 7 else 0)
-    monkeypatch.undo()
-    if n <= 7:
-        assert len(done.stderr.strip().splitlines()) == 1 and "No space left" in done.stderr
-        assert n < 4 or "holds the first" in done.stderr
-    here(*RUN, "--out", out)
-    assert left(out) == left(runs(*RUN[1:]))
+@contextmanager
+def failing(monkeypatch, how):
+    """The n-th use of the writer fails in the place that how(path, n) names, if any. Gives a list of what it named."""
+    calls, limit = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    touch, fsync, replace = Path.touch, os.fsync, os.replace
+
+    def fail(place, number, *args):
+        if calls and calls[-1] == place:
+            raise OSError(number, os.strerror(number), *args)
+
+    def create(self, *args, **options):
+        calls.append(how(self, len(calls) + 1))
+        fail("create", errno.ENOSPC, str(self))
+        if calls[-1] == "write":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, limit[1]))
+        touch(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", create)
+        patch.setattr(os, "fsync", lambda number: fail("flush", errno.EIO) or fsync(number))
+        patch.setattr(os, "replace", lambda *paths: fail("rename", errno.EIO, str(paths[0])) or replace(*paths))
+        try:
+            yield calls
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def whole(folder):
+    """Every file below is whole, and none is half written."""
+    for file in folder.rglob("*"):
+        assert file.suffix not in (".part", ".lock"), file
+        if file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".safetensors":
+            load_file(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_whichever_write_of_a_run_fails_the_old_or_the_new_is_whole(runs, tmp_path, monkeypatch, overwrite, place):
+    """The same command with room ends at the same bytes. A run of six steps writes seven files: config, metrics, three
+    checkpoints, adapter, results."""
+    wanted, out = runs(*RUN[1:]), tmp_path / "run"
+    for n in range(1, 9):
+        if overwrite:
+            shutil.copytree(runs(*RUN[1:], "--seed", "1"), out)
+        before = content(out)
+        with failing(monkeypatch, lambda path, call: place if call == n else None) as calls:
+            done = here(*RUN, "--out", out, *["--overwrite"] * overwrite, code=2 if n < 8 else 0)
+        assert len(calls) == min(n, 7)
+        if n < 8:
+            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+            said = "run holds the first" if n > 3 else "run is as it was" if overwrite and n > 1 else "error"
+            assert said in done.stderr and (n > 3 or content(out) == before or not overwrite)
+        whole(tmp_path)
+        assert alone(out) or not overwrite and not list(tmp_path.iterdir())
+        here(*RUN, "--out", out, *["--overwrite"] * overwrite)
+        assert left(out) == left(wanted)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["--peft", pytest.param("--hf", marks=pytest.mark.slow)])
+def test_whichever_write_of_an_export_fails_nothing_half_is_left(runs, tmp_path, monkeypatch, kind, place):
+    command = ("-m", "tools.export", runs(*RUN[1:]), kind)
+    with failing(monkeypatch, lambda path, call: None) as calls:
+        here(*command, tmp_path / "whole")
+    wanted = content(tmp_path / "whole")
+    assert len(calls) == len(wanted) >= 2
+    for n in range(1, len(wanted) + 1):
+        with failing(monkeypatch, lambda path, call: place if call == n else None):
+            one_line_error(*command, tmp_path / "out")
+        assert alone(tmp_path / "whole"), "nothing of the export is there"
+    here(*command, tmp_path / "out")
+    assert content(tmp_path / "out") == wanted
+
+
+@pytest.mark.slow
+def test_a_search_in_which_each_file_fails_once_ends_at_the_same_bytes(runs, tmp_path, monkeypatch):
+    """In turn at each place, the same command after each."""
+    failed, out, starts = [], tmp_path / "run", 0
+
+    def how(path, call):
+        file = str(path).rsplit(".", 2)[0]
+        if file not in failed:
+            failed.append(file)
+            return PLACES[len(failed) % 4]
+
+    while not (out / "results.json").exists():
+        seen, starts = len(failed), starts + 1
+        with failing(monkeypatch, how):
+            with suppress(AssertionError):  # the last one succeeds
+                assert len(here("train.py", *SEARCH, "--out", out, code=2).stderr.strip().splitlines()) == 1
+        assert len(failed) > seen or (out / "results.json").exists()
+        whole(out)
+    assert starts > 30 and left(out) == left(runs(*SEARCH))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_whichever_write_of_a_comparison_fails_the_old_figures_or_the_new_are_whole(tmp_path, monkeypatch, place):
+    args = Namespace(out=tmp_path, jobs=1, threads=1)
+    for n in (1, 2):  # compare.json, compare.csv
+        compare.store(args, "quick", {"old": n})
+        before = content(tmp_path)
+        with failing(monkeypatch, lambda path, call: place if call == n else None), pytest.raises(OSError):
+            compare.store(args, "quick", {"new": 1})
+        after = content(tmp_path)
+        assert sorted(after) == sorted(before) and after["compare.csv"] == before["compare.csv"]
+        assert compare.load(args)["quick"] == ({"old": 1} if n == 1 else {"new": 1})
 
 
 @pytest.mark.slow
