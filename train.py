@@ -452,7 +452,7 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
 
 # What a scored run's own data are; with --eval-only each is the run's where the command line does not name it.
 ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows")
-ABOUT_DATA = ("tasks", "template", "max_length", "too_long")
+ABOUT_DATA = ("tasks", "template", "max_length", "too_long", "eval_split", "eval_limit", "max_new_tokens")
 
 
 def score_only(config, given=(), argv=()):
@@ -467,7 +467,7 @@ def score_only(config, given=(), argv=()):
         files = ABOUT_FILES if not set(ABOUT_FILES) & set(given) else ()
         keys = {key for key in ("base", *files, *ABOUT_DATA) if key not in given}
         if not files:
-            keys -= {"tasks"}
+            keys -= {"tasks", "eval_split", "eval_limit"}
             own = {**own, "template": saved.get("template", own["template"])}
         config = replace(config, **{key: own[key] for key in keys})
     refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +25,7 @@ from engine.flags import told
 from engine.folder import RunFolder, beside, locked
 from model import Llama, UserError
 from reproduce import compare
-from tests.helpers import BASE, HERE, SEARCH, cli, here, one_line_error, start, tiny, written
+from tests.helpers import BASE, HERE, SEARCH, cli, here, json_lines, one_line_error, start, tiny, written
 from tests.test_resume import kill, left, lines
 
 RUN = ("train.py", "--method", "lora", "--tasks", "currency", "--steps", "6", "--batch-size", "4", "--eval-limit", "2",
@@ -117,13 +119,13 @@ def whole(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_whichever_write_of_a_run_fails_the_old_or_the_new_is_whole(runs, tmp_path, monkeypatch, overwrite, place):
+def test_whichever_write_of_a_run_fails_the_old_or_the_new_is_whole(runs, tmp_path, monkeypatch, overwrite):
     """The same command with room ends at the same bytes. A run of six steps writes seven files: config, metrics, three
     checkpoints, adapter, results."""
     wanted, out = runs(*RUN[1:]), tmp_path / "run"
     for n in range(1, 9):
+        place = PLACES[(n + 2 * overwrite) % 4]
         if overwrite:
             shutil.copytree(runs(*RUN[1:], "--seed", "1"), out)
         before = content(out)
@@ -202,6 +204,35 @@ def test_a_file_size_limit_is_one_line_and_the_same_command_goes_on(runs, tmp_pa
     assert left(out) == left(runs(*RUN[1:]))
 
 
+FULL = """
+mount -t tmpfs -o size=24m none {there} && cd {here} || exit 77
+{command} & until [ -e {there}/run/checkpoint.safetensors ]; do sleep 0.02; done
+dd if=/dev/zero of={there}/ballast bs=4k 2> /dev/null
+wait $!; code=$?
+cp -r {there}/run {kept} && rm {there}/ballast
+{command} && cp -r {there}/run {done}
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_later_is_one_line_and_the_same_command_goes_on(runs, tmp_path):
+    """A small file system of its own, in which something else takes the room after the first checkpoint."""
+    (there := tmp_path / "disk").mkdir()
+    command = (*RUN, "--steps", "30", "--out", there / "run")
+    script = FULL.format(there=there, here=HERE, command=shlex.join(map(str, [sys.executable, *command])),
+                         kept=tmp_path / "kept", done=tmp_path / "done")
+    process = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    if process.returncode in (1, 77):
+        pytest.skip(f"no file system of its own here: {process.stderr}")
+    assert process.returncode == 2 and len(process.stderr.strip().splitlines()) == 1, process.stderr
+    steps = int(re.search(r"No space left on device.*; .*run holds the first (\d+) steps", process.stderr)[1])
+    keep = Checkpoint(RunFolder(tmp_path / "kept"))
+    assert steps == keep.facts["step"] < 30 and f"first {steps} steps: going on from there" in process.stdout
+    whole(tmp_path / "kept")
+    assert left(tmp_path / "done") == left(runs(*RUN[1:], "--steps", "30"))
+
+
 def test_too_small_a_disk_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
     message = one_line_error(*RUN, "--out", tmp_path / "run")
@@ -217,15 +248,20 @@ def test_a_folder_that_is_read_is_never_written_to(old, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_never_work_in_one_folder(tmp_path):
-    """Started together: one runs, the other is refused, whichever it is."""
-    command = (*RUN, "--steps", "60", "--out", tmp_path / "run")
-    both = [start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+@pytest.mark.parametrize("delay", [0, 0.4] * 10)
+def test_two_processes_never_work_in_one_folder(tmp_path, delay):
+    """Started together, or nearly: one runs, the other is refused, whichever it is."""
+    command, both = (*RUN, "--steps", "60", "--out", tmp_path / "run"), []
+    for wait in (0, delay):
+        time.sleep(wait)
+        both.append(start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     ended = [(*process.communicate(timeout=120), process.returncode) for process in both]
     assert sorted(code for *_, code in ended) == [0, 2]
     refused = next(err for _, err, code in ended if code)
     assert "another process works in" in refused and len(refused.strip().splitlines()) == 1
-    assert (tmp_path / "run" / "results.json").exists() and alone(tmp_path / "run")
+    assert json_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 60 and alone(tmp_path / "run")
+    whole(tmp_path)
+    assert "nothing was done" in here(*command).stdout
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
