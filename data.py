@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
-from model import Context, UserError, labelled_positions, read_json, write_json
+from model import Context, UserError, labelled_positions, read_json, write_json, written
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -42,6 +42,7 @@ class Example:
     task: str
     segments: list[Segment]
     choices: list[str] | None = None
+    source: str = ""  # file:line, or task and number of the built-in suite
 
     def texts(self):
         """[(text, trained?)]: neighbouring segments that are trained on alike are one text for the tokenizer."""
@@ -174,8 +175,8 @@ class Tokenizer:
 
     def save(self, path):
         """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
-        path.mkdir(parents=True, exist_ok=True)
-        self.fast.save(str(path / "tokenizer.json"))
+        with written(path / "tokenizer.json") as part:
+            part.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
         special = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                     **{name: self.fast.id_to_token(i) for name, i in special.items()}, "template": self.template}
@@ -195,6 +196,7 @@ class Encoded:
     task: int
     choices: list | None = None  # an Encoded for each choice, labelled on the choice alone, without EOS
     gold: str = ""  # the answer as text
+    source: str = ""  # as an Example's
 
 
 def encode(examples, tokenizer, names):
@@ -221,9 +223,9 @@ def encode(examples, tokenizer, names):
         task, choices = names.index(e.task), None
         if e.choices:
             before = len(tokens) - len(ids[texts[-1][0], False]) - 1  # tokens ahead of the last segment
-            choices = [Encoded(tokens[:before] + ids[c, False], [-100] * before + ids[c, False], prompt, task, gold=c)
-                       for c in e.choices]
-        out.append(Encoded(tokens, labels, prompt, task, choices, texts[-1][0]))
+            choices = [Encoded(tokens[:before] + ids[c, False], [-100] * before + ids[c, False], prompt, task, gold=c,
+                               source=e.source) for c in e.choices]
+        out.append(Encoded(tokens, labels, prompt, task, choices, texts[-1][0], e.source))
     return out
 
 
@@ -329,7 +331,8 @@ def micro_batches(group, size, device):
 
 @torch.no_grad()
 def answer_scores(model, examples, pad, batch_size):
-    """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels."""
+    """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels.
+    Raises UserError where one is NaN or infinite."""
     found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -342,6 +345,9 @@ def answer_scores(model, examples, pad, batch_size):
         chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype, device=c.device).index_add_(0, rows, c).tolist()
                                   for c in columns)
         for i, *values in zip(part, chances, counts, wrong):
+            if not math.isfinite(values[0]):
+                raise UserError(f"an answer's log-probability is {values[0]} (example {examples[i].source[-24:]}): "
+                                "the model's numbers overflow; try --dtype float32, or a lower --lr")
             found[i] = values[0], values[1], values[2] == 0
     return found
 

@@ -51,7 +51,7 @@ def read_files(files, skip_bad=False):
                              f"{', '.join(FORMATS)} (README, \"Use your own checkpoint and data\")")
         for line, record in good:
             try:
-                rows.append(replace(FORMATS[kind].read(record), task=name))
+                rows.append(replace(FORMATS[kind].read(record), task=name, source=f"{file}:{line}"))
             except UserError as error:
                 bad.append((line, str(error)))
         if bad and not skip_bad:
