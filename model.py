@@ -156,13 +156,15 @@ class Cache:
         self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
                        for _ in range(config.num_hidden_layers)]
         self.rows = torch.arange(batch, device=device)
+        self.heads = torch.arange(config.num_key_value_heads, device=device)
         self.used = length  # slots that hold something: generation attends to no more
         self.memory = {}
 
     def put(self, layer, positions, k, v):
-        """Stores k, v (B, g, T, hd) at positions (B, T)."""
+        """Stores k, v (B, g, T, hd) at positions (B, T); gives all that is stored, as (B, g, slots, hd)."""
         for kept, new in zip(self.layers[layer], (k, v)):
-            kept[self.rows[:, None], :, positions] = new.transpose(1, 2).to(kept.dtype)
+            kept[self.rows[:, None, None], self.heads[:, None], positions[:, None]] = new.to(kept.dtype)
+            yield kept[:, :, : self.used].to(new.dtype)
 
 
 @dataclass
@@ -241,23 +243,24 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, g, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, g, T, hd)
         if ctx.cache is not None:
-            ctx.cache.put(self.index, ctx.positions, k, v)
-        if ctx.decoding:
-            k, v = (kept[:, :, : ctx.cache.used].to(q.dtype) for kept in ctx.cache.layers[self.index])
+            stored = list(ctx.cache.put(self.index, ctx.positions, k, v))
+            k, v = stored if ctx.decoding else (k, v)
         return self.o_proj(attend(q, k, v, ctx.mask).transpose(1, 2).reshape(B, T, -1))
 
 
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(hd) + mask) v for q (B, h, T, hd), k and v (B, g, S, hd); no mask: causal, and T = S.
 
-    Written out where that is faster than torch's fused kernel: a mask is given for short sequences on a CPU (see
-    Decoder), in float32 at least.
+    Written out where that is faster than torch's fused kernel: for short sequences on a CPU, where Decoder gives a
+    mask, in float32 at least.
     """
     B, h, T, hd = q.shape
-    if mask is None or q.device.type != "cpu" or q.dtype == torch.bfloat16:
+    if mask is None or T == 1 or q.device.type != "cpu" or q.dtype == torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                               enable_gqa=h != k.shape[1])
-    k, v = (x.repeat_interleave(h // x.shape[1], dim=1).flatten(0, 1) for x in (k, v))  # (B h, S, hd)
+    if h != k.shape[1]:
+        k, v = (x.repeat_interleave(h // x.shape[1], dim=1) for x in (k, v))
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B h, S, hd)
     scores = torch.baddbmm(mask.expand(B, h, T, -1).flatten(0, 1), q.flatten(0, 1), k.mT, alpha=hd**-0.5)
     return (scores.softmax(-1) @ v).view(B, h, T, hd)
 
@@ -303,13 +306,16 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(zeros, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.frequencies = None  # of rope, made when first needed
         self.checkpointing = False  # True keeps only each layer's input, and runs the layer again for its gradients
 
     def forward(self, ids, ctx):  # (B, T) -> (B, T, d)
         h = self.embed_tokens(ids)
         if ctx.positions is None:
             ctx.positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        angles = ctx.positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, hd / 2)
+        if self.frequencies is None or self.frequencies.device != ids.device:
+            self.frequencies = rope_frequencies(self.config, ids.device)
+        angles = ctx.positions[:, None, :, None] * self.frequencies  # (B or 1, 1, T, hd / 2)
         angles = torch.cat((angles, angles), dim=-1)
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         if ctx.decoding or h.device.type == "cpu" and ids.shape[1] <= SHORT:
@@ -493,7 +499,8 @@ class Llama(nn.Module):
         cache = Cache(self.config, B, T + max_new_tokens, self.device, self.model.embed_tokens.weight.dtype)
         mask = torch.arange(T, device=self.device) < lengths[:, None]
         h = self.model(ids, Context(prompt_mask=mask, cache=cache))[cache.rows, lengths - 1]  # (B, d)
-        rows, done, stop = [[] for _ in prompts], [False] * B, set(stop)
+        ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
+        ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):
             logits = self.lm_head(h)
             if temperature > 0:
@@ -501,16 +508,14 @@ class Llama(nn.Module):
                 token = torch.multinomial(chances, 1, generator=generator)[:, 0]
             else:
                 token = logits.argmax(-1)
-            for b, t in enumerate(token.tolist()):
-                done[b] = done[b] or t in stop
-                if not done[b]:
-                    rows[b].append(t)
-            if all(done) or step == max_new_tokens - 1:
+            found.append(token)
+            ended |= torch.isin(token, ends)
+            if step == max_new_tokens - 1 or step % 8 == 7 and bool(ended.all()):  # asking makes the host wait
                 break
-            positions = (lengths + step)[:, None]
             cache.used = T + step + 1
-            h = self.model(token[:, None], Context(cache=cache, positions=positions))[:, 0]
-        return rows
+            h = self.model(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]
+        rows = torch.stack(found, dim=1).tolist()
+        return [row[: next((i for i, token in enumerate(row) if token in stop), None)] for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------- files
