@@ -37,11 +37,13 @@ class Segment:
 @dataclass
 class Example:
     """One record. Its segments are in reading order, so that several assistant turns fit; the prompt is all before the
-    first trained one. choices: the answers to rank, the right one being that of the last trained text, or None."""
+    first trained one. choices: the answers to rank, the right one being that of the last trained text, or None. gold:
+    what a generated answer is compared with; None: the last trained text."""
 
     task: str
     segments: list[Segment]
     choices: list[str] | None = None
+    gold: str | None = None
 
     def texts(self):
         """[(text, trained?)]: neighbouring segments that are trained on alike are one text for the tokenizer."""
@@ -223,7 +225,7 @@ def encode(examples, tokenizer, names):
             before = len(tokens) - len(ids[texts[-1][0], False]) - 1  # tokens ahead of the last segment
             choices = [Encoded(tokens[:before] + ids[c, False], [-100] * before + ids[c, False], prompt, task, gold=c)
                        for c in e.choices]
-        out.append(Encoded(tokens, labels, prompt, task, choices, texts[-1][0]))
+        out.append(Encoded(tokens, labels, prompt, task, choices, texts[-1][0] if e.gold is None else e.gold))
     return out
 
 
@@ -246,14 +248,14 @@ def fit(encoded, longest, how):
 
 def encode_suite(suite, tokenizer, longest, too_long="cut"):
     """The Suite with its examples as tokens, none longer than `longest`; says how many were."""
-    encoded, long = {"": suite.train, **suite.tests}, 0
+    encoded = {"": suite.train, **suite.tests}
     for name, examples in encoded.items():
-        encoded[name], count = fit(encode(examples, tokenizer, suite.names), longest, too_long)
-        long += count
+        encoded[name], long = fit(encode(examples, tokenizer, suite.names), longest, too_long)
+        if long:
+            print(f"{name or 'training'}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: "
+                  f"{too_long}")
         if examples and not encoded[name]:
             raise UserError(f"all examples {name and 'of ' + name} are longer than --max-length {longest}")
-    if long:
-        print(f"{long:,} examples are longer than {longest} tokens: {too_long}")
     return replace(suite, train=encoded.pop(""), tests=encoded)
 
 

@@ -63,6 +63,8 @@ class Config:
                           "[2, inf)"] = 512
     too_long: Annotated[Literal["cut", "drop"], "what happens to longer ones; they are counted"] = "cut"
     skip_bad_rows: Annotated[bool, "leave out and count rows that their format does not take"] = False
+    ignore_fields: Annotated[list[str], "fields of the data files that are left out on purpose"] = field(
+        default_factory=list)
     max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)", "[1, inf)"] = 256
     tasks: Annotated[str, "built-in new tasks to learn: all (six), hard (twelve), or names separated by commas"] = "all"
     steps: Annotated[int | None, "optimiser steps", "[1, inf)"] = None
@@ -104,7 +106,8 @@ class Config:
                 raise UserError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
                                  "name in --data what to learn")
         else:
-            of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows")
+            of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows",
+                        "ignore_fields")
             if wrong := [name for name in of_files if getattr(self, name) not in (0, [], "proportional", "auto")]:
                 raise UserError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in "
                                  "suite")
@@ -208,7 +211,7 @@ def load_data(config, split=None, limit=None, train=True):
     else:
         files = [file for file in config.data if file != "builtin"]
         suite = formats.load(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
-                             template_of(config, tokenizer), config.mix, config.skip_bad_rows)
+                             template_of(config, tokenizer), config.mix, config.skip_bad_rows, config.ignore_fields)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     suite = suite if train else replace(suite, train=[])
     return data.encode_suite(suite, tokenizer, longest, config.too_long), tokenizer
@@ -450,7 +453,7 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
 
 
 # What a scored run's own data are; with --eval-only each is the run's where the command line does not name it.
-ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows")
+ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows", "ignore_fields")
 ABOUT_DATA = ("tasks", "template", "max_length", "too_long")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import Suite
 from formats.files import read_records
-from formats.known import FORMATS
+from formats.known import FORMATS, Record, names_in
 from formats.templates import TEMPLATES, named
 from model import UserError
 
@@ -20,8 +20,14 @@ __all__ = ["FORMATS", "TEMPLATES", "load", "name_and_file", "named", "read_files
 def task_name(file):
     """A task's name from its file: without train, val, dev or test, or the folder's where nothing else is left."""
     split = "train|val|validation|dev|test"
-    stem = re.sub(rf"[-_.]({split})$", "", Path(file).stem)
+    stem = re.sub(rf"[-_.]({split})$", "", Path(str(file).removesuffix(".gz")).stem)
     return Path(file).resolve().parent.name if re.match(rf"({split})\b", stem.replace("_", "-")) else stem
+
+
+# For the message of a file that none recognises: the common ones with their fields.
+KNOWN = ("chat (messages), sharegpt (conversations), alpaca (instruction, output), pair (prompt, completion), choices "
+         "(question, choices, answer), dpo, text; adapters, boolq, cb, copa, gsm8k, mmlu, multirc, rte, wic, wsc "
+         "(tools.show --formats)")
 
 
 def name_and_file(entry):
@@ -30,37 +36,58 @@ def name_and_file(entry):
     return name or task_name(file), file
 
 
-def read_files(files, skip_bad=False):
-    """{task: (format name, [Example])} of files given as FILE or NAME=FILE; says what was recognised.
+# Fields that say what a record is about: where a format does not read one of these, it may be the wrong format.
+TELLING = {"label", "labels", "target", "targets", "history", "system", "system_prompt", "conversation",
+           "conversations", "messages", "dialog", "dialogue", "turns", "answer", "answerKey", "choices"}
 
-    Raises UserError, naming file and line, for a record that its format does not take, unless skip_bad counts it.
+
+def read_files(files, skip_bad=False, ignore=()):
+    """{task: (format name, [Example])} of files given as FILE or NAME=FILE; says what was recognised and left out.
+
+    ignore: names of fields that are left out on purpose. Raises UserError, naming file and line, for a record that its
+    format does not take, unless skip_bad counts it, and for a field that looks like a label or a conversation and is
+    not read.
     """
     tasks = {}
     for entry in files:
-        (name, file), rows, bad = name_and_file(entry), [], []
-        records = list(read_records(file))
-        bad += [(line, error) for line, _, error in records if error]
-        bad += [(line, "no object with named fields") for line, r, error in records
-                if not error and type(r) is not dict]
-        good = [(line, r) for line, r, error in records if not error and type(r) is dict]
+        (name, file), rows, bad, good = name_and_file(entry), [], [], []
+        for line, record, error in read_records(file):
+            if error or type(record) is not dict:
+                bad.append((line, error or "no object with named fields"))
+            else:
+                good.append((line, {key: value for key, value in record.items() if key not in ignore}))
         if not good and not bad:
             raise UserError(f"{file} holds no records")
-        kind = next((k for k, f in FORMATS.items() if good and f.recognises([r for _, r in good])), None)
+        records = [record for _, record in good]
+        kind = next((k for k, f in FORMATS.items() if good and f.recognises(records)), None)
         if good and kind is None:
-            raise UserError(f"{file}: the fields {', '.join(map(str, good[0][1]))} match no format; known: "
-                             f"{', '.join(FORMATS)} (README, \"Use your own checkpoint and data\")")
+            raise UserError(f"{file}: the fields {', '.join(records[0]):.80} match no format; known: {KNOWN}")
+        used, whole = set(), len(good)
         for line, record in good:
             try:
-                rows.append(replace(FORMATS[kind].read(record), task=name))
+                found = FORMATS[kind].read(Record(record, used=used))
+                rows += [replace(e, task=name) for e in (found if isinstance(found, list) else [found])]
             except UserError as error:
                 bad.append((line, str(error)))
+                whole -= 1
         if bad and not skip_bad:
             line, error = min(bad)
             raise UserError(f"{file}:{line}: {error}; --skip-bad-rows leaves such rows out ({len(bad)} here)")
         if not rows:
             raise UserError(f"{file} holds no record that its format takes; line {min(bad)[0]}: {min(bad)[1]}")
-        print(f"{name}: {len(rows):,} records of format {kind} in {file}, scored by {FORMATS[kind].score.__name__}"
-              + (f"; {len(bad)} bad rows skipped" if bad else ""))
+        fields = {}  # {field: whether it holds anything in some record}
+        for record in records:
+            for field, filled in names_in(record, used=used):
+                fields[field] = fields.get(field, False) or filled
+        left = [field for field in fields if field not in used]
+        if telling := [field for field in left if fields[field] and field.split(".")[-1] in TELLING]:
+            raise UserError(f"{file}: the format {kind} does not read the field {telling[0]!r}, which may say what the "
+                            f"answers are: --ignore-fields {telling[0]} leaves it out; other formats: tools.show "
+                            "--formats")
+        print(f"{name}: {whole:,}{f' of {whole + len(bad):,}' if bad else ''} records of format {kind} in {file}, "
+              f"scored by {FORMATS[kind].score.__name__}" + f"; {len(rows):,} examples" * (len(rows) != whole)
+              + (f"; {len(bad)} bad rows skipped, the first in line {min(bad)[0]}: {min(bad)[1]:.120}" if bad else "")
+              + (f"; ignored: {', '.join([*left, *ignore]):.200}" if left or ignore else ""))
         if tasks.setdefault(name, (kind, []))[0] != kind:
             raise UserError(f"two files of task {name!r} have the formats {tasks[name][0]} and {kind}: "
                              "name them apart with NAME=FILE")
@@ -86,17 +113,16 @@ def hold_out(rows, place):
 
 
 def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="test", limit=0, template="plain",
-         mix="proportional", skip_bad=False):
+         mix="proportional", skip_bad=False, ignore=()):
     """Suite of user files. Without eval_files every 20th row is held out as test data; every 20th of the others is
     validation data, for choosing. Neither is ever trained on, whatever the split. General files are only scored: their
     even rows are validation data and their odd rows test data.
 
     mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
     """
-    apply, rows = named(template).apply, read_files(files, skip_bad)
-    held = read_files(eval_files, skip_bad)
-    general = read_files(general_files, skip_bad)
-    solved = read_files(shot_files, skip_bad) if shots else {}
+    apply = named(template).apply
+    rows, held, general, solved = (read_files(part, skip_bad, ignore) for part in (
+        files, eval_files, general_files, shot_files if shots else ()))
     if both := (rows.keys() | held.keys()) & general.keys():
         raise UserError(f"task {min(both)!r} is both general and to be learned: name it apart with NAME=FILE")
     train, tests, kinds = {}, {}, {}

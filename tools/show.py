@@ -33,12 +33,14 @@ def sizes(encoded):
 def show_files(args, tokenizer):
     """Prints a row for each task; returns {task: its first Example}."""
     template, shown = named(args.template or tokenizer.template or "plain"), {}
-    tasks = read_files(args.files, args.skip_bad_rows)
-    line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}".format
-    print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained"))
+    tasks = read_files(args.files, args.skip_bad_rows, args.ignore_fields)
+    line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}{:>9}".format
+    print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained", f">{args.max_length:,}"))
     for name, (kind, rows) in tasks.items():
         examples = [template.apply(row) for row in rows]
-        print(line(name, kind, FORMATS[kind].score.__name__, len(rows), *sizes(encode(examples, tokenizer, [name]))))
+        encoded = encode(examples, tokenizer, [name])
+        print(line(name, kind, FORMATS[kind].score.__name__, len(rows), *sizes(encoded),
+                   sum(len(e.ids) > args.max_length for e in encoded)))
         shown[name] = examples[0]
     return shown
 
@@ -63,6 +65,8 @@ def main():
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
     parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
     parser.add_argument("--skip-bad-rows", action="store_true", help="count rows that their format does not take")
+    parser.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD", help="as in train.py")
+    parser.add_argument("--max-length", type=int, default=512, help="count examples of more tokens (%(default)s)")
     args = parser.parse_args()
     tokenizer = Tokenizer.from_pretrained(args.base)
     shown = show_files(args, tokenizer) if args.files else show_suite(tokenizer)
