@@ -8,6 +8,7 @@ trials, scoring alone, and finished runs. No line here knows a method by name: a
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
@@ -29,8 +30,10 @@ from base import suite as builtin
 from engine.checkpoint import Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
+from engine.progress import Log
+from engine.table import print_table, summary
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
-from model import fits, typed, write_json, written
+from model import fits, typed, write_json
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("auto", *formats.TEMPLATES)
@@ -49,7 +52,7 @@ class Config:
     base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
     data: Annotated[list[str], "what to learn: builtin, or files as [NAME=]FILE, each a task"] = field(
         default_factory=lambda: ["builtin"])
-    eval_data: Annotated[list[str], "files to score on; default: every 20th row of --data"] = field(
+    eval_data: Annotated[list[str], "files to score on; default: a twentieth of the rows of --data"] = field(
         default_factory=list)
     general_data: Annotated[list[str], "files of what the base can do already, only scored"] = field(
         default_factory=list)
@@ -210,8 +213,10 @@ def load_data(config, split=None, limit=None, train=True):
         suite = builtin.load(config.tasks, split, limit, config.replay)
     else:
         files = [file for file in config.data if file != "builtin"]
+        name, source = formats.choose(config.template, tokenizer, Path(config.base))
+        print(f"template {name}: {source}")
         suite = formats.load(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
-                             template_of(config, tokenizer), config.mix, config.skip_bad_rows, config.ignore_fields)
+                             name, config.mix, config.skip_bad_rows, config.ignore_fields)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     suite = suite if train else replace(suite, train=[])
     return data.encode_suite(suite, tokenizer, longest, config.too_long), tokenizer
@@ -221,7 +226,7 @@ def template_of(config, tokenizer):
     """The name of the prompt template that the data are written in."""
     if config.builtin:
         return "short"
-    return config.template if config.template != "auto" else tokenizer.template or "plain"
+    return formats.choose(config.template, tokenizer, Path(config.base))[0]
 
 
 def start_adapter(model, method, config):
@@ -311,30 +316,6 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
     model.eval()
 
 
-class Log:
-    """Writes metrics.jsonl and shows progress: in place on a terminal, one line in ten records elsewhere (none where it
-    is quiet). Records after `step` are cut off: they will be made again."""
-
-    def __init__(self, path, step=0, quiet=False):
-        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
-        with written(path) as part:
-            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.file, self.live, self.quiet, self.count = open(path, "a", encoding="utf-8"), sys.stdout.isatty(), quiet, 0
-
-    def __call__(self, record):
-        print(json.dumps(record), file=self.file, flush=True)
-        last = record["step"] == record["steps"]
-        self.count += 1
-        if self.live or not self.quiet and (last or self.count % 10 == 1):
-            line = "step {step:>5}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {eta}"
-            line = line.format(**record, eta=clock(record["eta_seconds"]))
-            print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 class Trials:
     """trial(name, method_config, shares, **settings): a short run in a folder below, with these settings of train's
     own, scored on validation data; gives its results. shares: their "points" are the scores of start + share (end -
@@ -349,6 +330,8 @@ class Trials:
     def data(self):
         limit = min(self.EXAMPLES, self.config.eval_limit or self.EXAMPLES)
         suite, tokenizer = load_data(self.config, "validation", limit)
+        if by_loss := [task for task, score in suite.score.items() if score is data.loss]:
+            print(f"scored by loss, which has no part in the choice: {', '.join(by_loss)}")
         if not all(suite.groups({task: {"": 0.0} for task in suite.tests})):
             raise UserError(f"{self.config.method} chooses by trials, which need new and general tasks that are scored "
                             "in percent, not by loss: give such --general-data, or make its choice yourself")
@@ -444,11 +427,11 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
     results = {
         "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
         "trainable_parameters": trainable, "total_parameters": total,
-        "eval_split": config.eval_split, **data.summary(suite, before, after), **({"points": points} if shares else {}),
+        "eval_split": config.eval_split, **summary(suite, before, after), **({"points": points} if shares else {}),
         "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
         "report": report}
     if not trial:
-        data.print_table(results)
+        print_table(results)
     return results
 
 
@@ -462,20 +445,21 @@ def score_only(config, given=(), argv=()):
     of settings that were asked for explicitly."""
     check(config)
     device, dtype = place(config)
-    name, out, saved = "base", Path(config.out or "out/eval"), {}
+    name, saved = Path(config.base).resolve().name, {}
     if config.adapter:
         saved = read_run(config.adapter)
-        name, own = saved["method"], saved["settings"]
+        name, own = Path(config.adapter).resolve().name, saved["settings"]
         files = ABOUT_FILES if not set(ABOUT_FILES) & set(given) else ()
         keys = {key for key in ("base", *files, *ABOUT_DATA) if key not in given}
         if not files:
             keys -= {"tasks"}
             own = {**own, "template": saved.get("template", own["template"])}
         config = replace(config, **{key: own[key] for key in keys})
-    refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])
     asked = identity(config, None, device, dtype)
     if config.adapter:
         asked["adapter"] = digest(Path(config.adapter) / "adapter.safetensors")
+    out = Path(config.out or f"out/eval/{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
+    refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])
     with locked(out):
         if open_folder(out, asked, config.overwrite):
             return show_finished(out)
@@ -483,16 +467,21 @@ def score_only(config, given=(), argv=()):
             model, *_ = load_run(config.adapter, device, dtype, config.base)
         else:
             model = Llama.from_pretrained(config.base, device, dtype)
+        own = config.adapter and not config.builtin and not config.eval_data
+        if own and "ignore_fields" not in saved.get("asked", {}).get("settings", {}):
+            print("this run held out other rows than are drawn today: some that are scored may have been trained on")
         (suite, tokenizer), start = load_data(config, train=False), time.perf_counter()
         scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
-        results = {"method": name, "base": config.base, "adapter": config.adapter, "eval_split": config.eval_split,
-                   **data.summary(suite, scores, scores), "seconds": time.perf_counter() - start,
+        results = {"method": saved.get("method", "base"), "base": config.base, "adapter": config.adapter,
+                   "eval_split": config.eval_split,
+                   **summary(suite, scores, scores), "seconds": time.perf_counter() - start,
                    "peak_memory_bytes": peak_memory(model.device)}
-        data.print_table(results)
+        print_table(results)
         folder = RunFolder(out, config.overwrite)
         write_json(folder.path / "results.json", results)
-        write_json(folder.path / "config.json", {"method": name, "asked": asked, **provenance(argv)})
+        write_json(folder.path / "config.json", {"method": results["method"], "asked": asked, **provenance(argv)})
         folder.take_place()
+        print(f"results in {out}")
         return results
 
 
@@ -528,7 +517,7 @@ def show_finished(out, quiet=False):
     """The results of a finished run, with their table."""
     results = read_json(out / "results.json")
     if not quiet:
-        data.print_table(results)
+        print_table(results)
         print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
     return results
 

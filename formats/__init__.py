@@ -4,6 +4,7 @@
 template around it.
 """
 
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 from data import Suite
 from formats.files import read_records
 from formats.known import FORMATS, Record, names_in
-from formats.templates import TEMPLATES, named
+from formats.templates import TEMPLATES, choose, named
 from model import UserError
 
-__all__ = ["FORMATS", "TEMPLATES", "load", "name_and_file", "named", "read_files", "read_records", "task_name"]
+__all__ = ["FORMATS", "TEMPLATES", "choose", "load", "name_and_file", "named", "read_files", "read_records",
+           "task_name"]
 
 
 def task_name(file):
@@ -96,9 +98,9 @@ def read_files(files, skip_bad=False, ignore=()):
 
 
 def with_shots(row, shots):
-    """The Example with solved ones of its task in front of its question."""
-    said = lambda e: (next((s.text for s in e.segments if s.role == role), "") for role in ("user", "assistant"))
-    solved = "".join("{} {}\n\n".format(*said(shot)) for shot in shots)
+    """The Example with solved ones of its task in front of its question: all that each of their rows says, as the
+    template plain has it."""
+    solved = "".join("".join(text for text, _ in TEMPLATES["plain"].apply(shot).texts()) + "\n\n" for shot in shots)
     first = next((i for i, s in enumerate(row.segments) if s.role == "user"), None)
     if first is None:
         raise UserError(f"task {row.task!r} is plain text: it has no question to put --shots in front of")
@@ -106,17 +108,24 @@ def with_shots(row, shots):
     return replace(row, segments=segments)
 
 
-def hold_out(rows, place):
-    """(the rows that are left, every 20th row from this place on; at least the last one of several)"""
-    out = set(range(place, len(rows), 20)) or ({len(rows) - 1} if len(rows) > 1 else set())
-    return [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in sorted(out)]
+def drawn(rows):
+    """The rows in an order of their own, whatever --seed says: what is taken from its front comes from all over the
+    file, and the rest is the same for every seed."""
+    return random.Random("held out").sample(rows, len(rows))
+
+
+def hold_out(rows):
+    """(the rows that are left, in their order; a twentieth of all, drawn; at least one of several)"""
+    out = drawn(range(len(rows)))[: len(rows) // 20 or int(len(rows) > 1)]
+    return [r for i, r in enumerate(rows) if i not in set(out)], [rows[i] for i in out]
 
 
 def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="test", limit=0, template="plain",
          mix="proportional", skip_bad=False, ignore=()):
-    """Suite of user files. Without eval_files every 20th row is held out as test data; every 20th of the others is
-    validation data, for choosing. Neither is ever trained on, whatever the split. General files are only scored: their
-    even rows are validation data and their odd rows test data.
+    """Suite of user files. Without eval_files a twentieth of the rows, drawn from all over the file, is held out as
+    test data; a twentieth of the others is validation data, for choosing. Neither is ever trained on, whatever the
+    split. General files are only scored: half of their rows are validation data, the others test data. limit takes rows
+    from all over a file, too.
 
     mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
     """
@@ -128,24 +137,31 @@ def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="
     train, tests, kinds = {}, {}, {}
     for name, (kind, left) in rows.items():
         if not held:
-            left, tests[name] = hold_out(left, 19)
-            print(f"{name}: every 20th row ({len(tests[name])} of {len(rows[name][1]):,}) is held out and never "
-                  "trained on; --eval-data names other data")
-        left, validation = hold_out(left, 9)
+            left, tests[name] = hold_out(left)
+            print(f"{name}: a twentieth of the rows ({len(tests[name])} of {len(rows[name][1]):,}), drawn from all "
+                  "over them, is held out and never trained on; --eval-data names other data")
+        left, validation = hold_out(left)
         if split == "validation":
             tests[name] = validation
         if not left or not tests.get(name, True):
             raise UserError(f"task {name!r} has too few rows ({len(rows[name][1])}) to hold some out; "
                              "give --eval-data")
-        train[name], kinds[name] = [apply(row) for row in left], kind
+        train[name], kinds[name] = left, kind
     if held and split == "test":
-        tests = {name: every for name, (_, every) in held.items()}
+        tests = {name: drawn(every) if limit else every for name, (_, every) in held.items()}
     kinds.update({name: kind for name, (kind, _) in (held | general).items()})
-    tests.update({name: every[split == "test" :: 2] for name, (_, every) in general.items()})
+    tests.update({name: drawn(every)[split == "test" :: 2] for name, (_, every) in general.items()})
     if absent := [name for name in tests if shots and len(solved.get(name, ("", ()))[1]) < shots]:
         raise UserError(f"--shots {shots}: --shot-data has fewer rows for task {absent[0]!r}")
-    tests = {name: [apply(with_shots(row, solved[name][1][:shots]) if shots else row)
-                    for row in every[: limit or None]] for name, every in tests.items() if every}
+    tests = {name: every[: limit or None] for name, every in tests.items() if every}
+    said = lambda row: tuple((s.role, s.text) for s in row.segments)
+    known = {said(row) for every in train.values() for row in every}
+    for name, every in tests.items():
+        if twice := sum(said(row) in known for row in every):
+            print(f"{name}: {twice:,} of the {len(every):,} rows that are scored are the same as rows trained on")
+    tests = {name: [apply(with_shots(row, solved[name][1][:shots]) if shots else row) for row in every]
+             for name, every in tests.items()}
+    train = {name: [apply(row) for row in every] for name, every in train.items()}
     if mix == "equal":
         most = max(map(len, train.values()), default=0)
         train = {name: [every[i % len(every)] for i in range(most)] for name, every in train.items()}

@@ -14,7 +14,7 @@ import torch
 
 from data import Example, Segment, Tokenizer, encode
 from engine.flags import Parser, command_line
-from formats import TEMPLATES, named, read_records
+from formats import TEMPLATES, choose, named, read_records
 from model import Llama, UserError, write_json
 from train import load_run, place
 
@@ -78,7 +78,7 @@ def main():
     else:
         model = Llama.from_pretrained(args.checkpoint, device, dtype)
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    template = named(args.template or saved.get("template") or tokenizer.template or "plain")
+    template = named(choose(args.template or saved.get("template", "auto"), tokenizer, args.checkpoint)[0])
     source = torch.Generator(device).manual_seed(args.seed)
     room = model.config.max_position_embeddings - args.max_new_tokens
     if room < 2:

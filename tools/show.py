@@ -4,10 +4,12 @@
     python -m tools.show BoolQ/val.jsonl gsm8k/train.jsonl  # any file that train.py --data takes
 """
 
+from pathlib import Path
+
 from base import suite
 from data import Tokenizer, encode
 from engine.flags import Parser, command_line
-from formats import FORMATS, TEMPLATES, named, read_files
+from formats import FORMATS, TEMPLATES, choose, named, read_files
 
 
 def as_text(example):
@@ -32,7 +34,9 @@ def sizes(encoded):
 
 def show_files(args, tokenizer):
     """Prints a row for each task; returns {task: its first Example}."""
-    template, shown = named(args.template or tokenizer.template or "plain"), {}
+    name, source = choose(args.template, tokenizer, Path(args.base))
+    print(f"template {name}: {source}")
+    template, shown = named(name), {}
     tasks = read_files(args.files, args.skip_bad_rows, args.ignore_fields)
     line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}{:>9}".format
     print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained", f">{args.max_length:,}"))
@@ -63,7 +67,7 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", metavar="[NAME=]FILE", help="any file that train.py --data takes")
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
-    parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
+    parser.add_argument("--template", choices=("auto", *TEMPLATES), default="auto", help="as in train.py")
     parser.add_argument("--skip-bad-rows", action="store_true", help="count rows that their format does not take")
     parser.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD", help="as in train.py")
     parser.add_argument("--max-length", type=int, default=512, help="count examples of more tokens (%(default)s)")
