@@ -41,12 +41,12 @@ def print_table(results):
     group means."""
     columns = ("before", "after") if "trainable_parameters" in results else ("score",)
     wide = max(18, *(len(task) + 3 for task in results["tasks"]))
-    cell = lambda value, interval: f"{value:>7} {'{:.1f}-{:.1f}'.format(*interval) if interval else '':<11}"
+    cell = lambda value, interval: f" {value:>8} {'{:.1f}-{:.1f}'.format(*interval) if interval else '':<10}"
 
     def line(name, kind, rows, values, interval=None):
         """values: one for each column; interval(value), of those that have one."""
         shown = [cell(v if isinstance(v, str) else f"{v:.1f}", interval and interval(v)) for v in values]
-        print(f"{name:<{wide}}{kind:<16}{rows:>5}" + "".join(shown[-len(columns) :]).rstrip())
+        print(f"{name:<{wide}}{kind:<15}{rows:>5}" + "".join(shown[-len(columns) :]).rstrip())
 
     print()
     line("in % but for loss", results["eval_split"], "rows", columns)
