@@ -11,11 +11,11 @@ from pathlib import Path
 
 from data import Suite
 from formats.files import read_records
-from formats.known import FORMATS, Record, names_in
+from formats.known import FORMATS, SCORED, Record, names_in
 from formats.templates import TEMPLATES, choose, named
 from model import UserError
 
-__all__ = ["FORMATS", "TEMPLATES", "choose", "load", "name_and_file", "named", "read_files", "read_records",
+__all__ = ["FORMATS", "SCORED", "TEMPLATES", "choose", "load", "name_and_file", "named", "read_files", "read_records",
            "task_name"]
 
 

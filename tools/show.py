@@ -2,6 +2,7 @@
 
     python -m tools.show                                    # the built-in suite
     python -m tools.show BoolQ/val.jsonl gsm8k/train.jsonl  # any file that train.py --data takes
+    python -m tools.show --formats                          # what records of such files may hold
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from base import suite
 from data import Tokenizer, encode
 from engine.flags import Parser, command_line
-from formats import FORMATS, TEMPLATES, choose, named, read_files
+from formats import FORMATS, SCORED, TEMPLATES, choose, named, read_files
 
 
 def as_text(example):
@@ -30,6 +31,15 @@ def sizes(encoded):
     tokens = [len(e.ids) for e in encoded]
     trained = sum(label != -100 for e in encoded for label in e.labels)
     return f"{sum(tokens) / len(tokens):.1f}", max(tokens), f"{trained / len(tokens):.1f}"
+
+
+def show_formats():
+    """The table of formats, in the order in which they are tried."""
+    print("| format | its records hold | scored by |\n|---|---|---|")
+    for name, kind in FORMATS.items():
+        print(f"| `{name}` | {kind.fields} | {SCORED[kind.score]} |")
+    print("\nFiles are JSON arrays, JSON lines or CSV, in UTF-8 or UTF-16, packed by gzip or not.\nTemplates: "
+          + ", ".join(f"`{name}`" for name in TEMPLATES))
 
 
 def show_files(args, tokenizer):
@@ -66,12 +76,15 @@ def show_suite(tokenizer):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", metavar="[NAME=]FILE", help="any file that train.py --data takes")
+    parser.add_argument("--formats", action="store_true", help="list what records may hold")
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
     parser.add_argument("--template", choices=("auto", *TEMPLATES), default="auto", help="as in train.py")
     parser.add_argument("--skip-bad-rows", action="store_true", help="count rows that their format does not take")
     parser.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD", help="as in train.py")
     parser.add_argument("--max-length", type=int, default=512, help="count examples of more tokens (%(default)s)")
     args = parser.parse_args()
+    if args.formats:
+        return show_formats()
     tokenizer = Tokenizer.from_pretrained(args.base)
     shown = show_files(args, tokenizer) if args.files else show_suite(tokenizer)
     print("\nThe first example of each task: what is said, then token by token; [brackets] mark what is trained on.")
