@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -60,6 +61,39 @@ def test_a_conversation_goes_on_with_what_was_said(monkeypatch):
     assert [int(n) for n in re.findall(r"\[(\d+) prompt tokens", done.stdout)] == lengths
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "tokens/s" not in here("-m", "tools.chat", "base").stdout
+
+
+@pytest.mark.slow
+def test_base_switches_the_adapter_off_and_on_in_a_conversation(runs, monkeypatch):
+    out = runs("--method", "csreft", *QUICK)
+    asked = "Name the tool of Zegen."
+    alone = [here("-m", "tools.chat", "base", asked, *more).stdout.split("\n[")[0]
+             for more in (("--adapter", out), ())]
+    for lines, wanted in (([asked], alone[:1]), (["/base", asked], ["[the base]", alone[1]]),
+                          (["/base", "/base", asked], ["[the base]", "[with the adapter]", alone[0]])):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, ""])))
+        said = here("-m", "tools.chat", "base", "--adapter", out).stdout.replace("> ", "")
+        assert re.sub(r"\n\[\d+ prompt tokens.*", "", said).strip() == "\n".join(wanted), lines
+
+
+# ---------------------------------------------------------------------------------------------- plot
+
+
+@pytest.mark.slow
+def test_runs_are_drawn_and_matplotlib_is_asked_for_in_one_line(runs, tmp_path, monkeypatch):
+    folders = [runs("--method", method, *QUICK) for method in ("multilora", "csreft")]
+    png = tmp_path / "a.png"
+    assert "expected results.json" in one_line_error("-m", "tools.plot", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert "pip install matplotlib" in one_line_error("-m", "tools.plot", *folders, "--png", png)
+    assert not png.exists()
+    pytest.importorskip("matplotlib")
+    assert "4 panels" in here("-m", "tools.plot", *folders, "--png", png).stdout
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
+    here("-m", "tools.plot", folders[0])
+    assert (folders[0] / "plot.png").exists()
+    (folders[0] / "plot.png").unlink()
 
 
 def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
