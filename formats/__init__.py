@@ -89,7 +89,7 @@ def read_files(files, skip_bad=False, ignore=()):
         print(f"{name}: {whole:,}{f' of {whole + len(bad):,}' if bad else ''} records of format {kind} in {file}, "
               f"scored by {FORMATS[kind].score.__name__}" + f"; {len(rows):,} examples" * (len(rows) != whole)
               + (f"; {len(bad)} bad rows skipped, the first in line {min(bad)[0]}: {min(bad)[1]:.120}" if bad else "")
-              + (f"; ignored: {', '.join([*left, *ignore]):.200}" if left or ignore else ""))
+              + (f"; ignored: {', '.join([*left, *ignore]):.200}" if left or ignore else "").encode(errors="replace").decode())
         if tasks.setdefault(name, (kind, []))[0] != kind:
             raise UserError(f"two files of task {name!r} have the formats {tasks[name][0]} and {kind}: "
                              "name them apart with NAME=FILE")

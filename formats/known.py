@@ -150,7 +150,7 @@ def read_dpo(record):
     chosen, names = message("assistant", record.get("chosen")), ("conversations", *ORDERS, *PROMPTS)
     asked = next((name for name in names if name in record), None)
     if asked and len(chosen) == 1:
-        if isinstance(record["chosen"], str) and isinstance(record[asked], str):
+        if isinstance(record.get("chosen"), str) and isinstance(record.get(asked), str):
             given = "" if asked == "input" else maybe(record, "input")
             turn = text_of(record, asked), text_of(record, "chosen", empty=True)
             return example(turn, given=given, **around(record))
