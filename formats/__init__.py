@@ -86,10 +86,11 @@ def read_files(files, skip_bad=False, ignore=()):
             raise UserError(f"{file}: the format {kind} does not read the field {telling[0]!r}, which may say what the "
                             f"answers are: --ignore-fields {telling[0]} leaves it out; other formats: tools.show "
                             "--formats")
+        ignored = f"; ignored: {', '.join([*left, *ignore]):.200}" if left or ignore else ""
         print(f"{name}: {whole:,}{f' of {whole + len(bad):,}' if bad else ''} records of format {kind} in {file}, "
               f"scored by {FORMATS[kind].score.__name__}" + f"; {len(rows):,} examples" * (len(rows) != whole)
               + (f"; {len(bad)} bad rows skipped, the first in line {min(bad)[0]}: {min(bad)[1]:.120}" if bad else "")
-              + (f"; ignored: {', '.join([*left, *ignore]):.200}" if left or ignore else "").encode(errors="replace").decode())
+              + ignored.encode(errors="replace").decode())
         if tasks.setdefault(name, (kind, []))[0] != kind:
             raise UserError(f"two files of task {name!r} have the formats {tasks[name][0]} and {kind}: "
                              "name them apart with NAME=FILE")
