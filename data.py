@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
+from engine.progress import progress
 from model import Context, UserError, labelled_positions, read_json, write_json
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -63,6 +64,7 @@ class Suite:
     group: dict  # {task: "new" | "general"}
     aspect: dict  # {task: what kind of task it is}
     score: dict[str, Callable]  # {task: function that scores it}, see "scoring" below
+    validation: list = field(default_factory=list)  # of the trained tasks, for --eval-every
 
     @property
     def names(self):
@@ -85,8 +87,7 @@ class Suite:
                      for g in self.groups(scores))
 
 
-def main_figure(figures):
-    """The main one of a task's figures, which is the first."""
+def main_figure(figures):  # the first
     return next(iter(figures.values()))
 
 
@@ -280,15 +281,16 @@ def fit(encoded, longest, how):
 
 def encode_suite(suite, tokenizer, longest, too_long="cut"):
     """The Suite with its examples as tokens, none longer than `longest`; says how many were."""
-    encoded = {"": suite.train, **suite.tests}
-    for name, examples in encoded.items():
-        encoded[name], long = fit(encode(examples, tokenizer, suite.names), longest, too_long)
+    def tokens(examples, what):
+        found, long = fit(encode(examples, tokenizer, suite.names), longest, too_long)
         if long:
-            print(f"{name or 'training'}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: "
-                  f"{too_long}")
-        if examples and not encoded[name]:
-            raise UserError(f"all examples {name and 'of ' + name} are longer than --max-length {longest}")
-    return replace(suite, train=encoded.pop(""), tests=encoded)
+            print(f"{what}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: {too_long}")
+        if examples and not found:
+            raise UserError(f"all examples of {what} are longer than --max-length {longest}")
+        return found
+
+    return replace(suite, train=tokens(suite.train, "training"), validation=tokens(suite.validation, "validation"),
+                   tests={task: tokens(examples, task) for task, examples in suite.tests.items()})
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -365,7 +367,8 @@ def micro_batches(group, size, device):
 def answer_scores(model, examples, pad, batch_size):
     """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels."""
     found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, "scoring, batch", len(starts)):
         part = order[start : start + batch_size]
         batch = collate([examples[i] for i in part], pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, batch.ctx)

@@ -27,11 +27,12 @@ import torch
 import data
 import formats
 from base import suite as builtin
-from engine.checkpoint import Checkpoint, save_tensors, signals_kept
+from engine.checkpoint import Best, Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from engine.progress import Log
-from engine.table import print_table, summary
+from engine.table import print_table, show_finished, summary
+from formats import samples
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
 from model import fits, typed, write_json
 
@@ -71,6 +72,7 @@ class Config:
     max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)", "[1, inf)"] = 256
     tasks: Annotated[str, "built-in new tasks to learn: all (six), hard (twelve), or names separated by commas"] = "all"
     steps: Annotated[int | None, "optimiser steps", "[1, inf)"] = None
+    epochs: Annotated[float | None, "instead of --steps: how often each training example is seen", "(0, inf)"] = None
     batch_size: Annotated[int | None, "examples in a micro-batch", "[1, inf)"] = None
     grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch",
                           "[1, inf)"] = 1
@@ -87,6 +89,11 @@ class Config:
                      "What is trained stays float32 at least"] = "auto"
     eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
     eval_limit: Annotated[int, "examples of each task to score, 0 for all", "[0, inf)"] = 0
+    eval_every: Annotated[int, "steps between two looks at the loss on validation rows (512 at most), 0 for none",
+                          "[0, inf)"] = 0
+    keep_best: Annotated[bool, "end with what had the lowest loss on validation rows, not with the last step"] = False
+    samples: Annotated[int, "prompts of each kind that are answered before and after, for samples.json",
+                       "[0, inf)"] = 3
     log_every: Annotated[int, "steps between two lines of metrics.jsonl", "[1, inf)"] = 10
     save_every: Annotated[int, "steps between two checkpoints, 0 for none", "[0, inf)"] = 100
     grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
@@ -98,8 +105,12 @@ class Config:
 
     def __post_init__(self):
         for name, value in {**STANDARD, **defaults_of(self.method)}.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not (name == "steps" and self.epochs):
                 setattr(self, name, value)
+        if self.epochs and self.steps:
+            raise UserError("give one of --steps and --epochs")
+        if self.keep_best and (not self.eval_every or self.eval_split != "test"):
+            raise UserError("--keep-best needs --eval-every, and validation rows that the table is not about")
         if self.adapter and not self.eval_only:
             raise UserError("--adapter names a run to score: give --eval-only as well")
         if not self.builtin:
@@ -179,7 +190,8 @@ def parse(argv):
     found = vars(parser.parse_args(argv, argparse.Namespace(
         **{f.name: default for settings in (standard, own) if settings for f in fields(settings)})))
     given = {key: value for key, value in found.items() if value is not default}
-    config = replace(standard, **{f.name: given[f.name] for f in fields(standard) if f.name in given})
+    own_steps = {"steps": None} if "epochs" in given else {}
+    config = replace(standard, **own_steps | {f.name: given[f.name] for f in fields(standard) if f.name in given})
     if config.eval_only + (name is not None) != 1:
         parser.error(f"give one of --method NAME and --eval-only; methods: {', '.join(find_methods())}")
     return config, own and replace(own, **{f.name: given[f.name] for f in fields(own) if f.name in given}), given.keys()
@@ -218,7 +230,9 @@ def load_data(config, split=None, limit=None, train=True):
         suite = formats.load(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
                              name, config.mix, config.skip_bad_rows, config.ignore_fields)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
-    suite = suite if train else replace(suite, train=[])
+    most = min(512, len(suite.validation), (limit or 512) * len(suite.trained))
+    chosen = random.Random("validation").sample(suite.validation, most)
+    suite = replace(suite, train=suite.train if train else [], validation=chosen if config.eval_every else [])
     return data.encode_suite(suite, tokenizer, longest, config.too_long), tokenizer
 
 
@@ -249,13 +263,13 @@ def schedule(step, config):
     return min(step / warmup, cosine)
 
 
-def train(model, adapter, examples, config, pad, log=None, keep=None):
+def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None):
     """Trains in place, up to config.steps steps.
 
     The loss of a step is the mean over all labelled tokens of its micro-batches, so gradient accumulation equals one
     large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps. keep: the
-    run's Checkpoint, from which training goes on. Raises Stopped, with a checkpoint, after the step in which a signal
-    came.
+    run's Checkpoint, from which training goes on. watch(step, steps) is called after each step. Raises Stopped, with a
+    checkpoint, after the step in which a signal came.
     """
     per_step = config.batch_size * config.grad_accum
     draw = lambda: data.draw(examples, per_step, config.seed)
@@ -304,6 +318,10 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
                     raise UserError(f"the loss is {losses[wrong[0]]} at step {step - len(losses) + 1 + wrong[0]}: try "
                                     f"a lower --lr than {config.lr:g}")
             seconds = time.perf_counter() - start
+            if watch:
+                watch(step, config.steps)
+                model.train()
+                start = time.perf_counter() - seconds  # looking on is no training
             if log and logged:
                 log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
                      "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds,
@@ -341,7 +359,8 @@ class Trials:
         loaded, file = self.data, self.folder.path / "config.json"
         if not file.exists():
             write_json(file, self.note)
-        one = replace(self.config, **{"eval_split": "validation", **settings}, overwrite=False,
+        one = replace(self.config, **{"eval_split": "validation", "epochs": None, "eval_every": 0, "keep_best": False,
+                                       **settings}, overwrite=False,
                       out=str(self.folder.path / "search" / name))
         return run(one, method_config, self.argv, (loaded, shares))
 
@@ -368,6 +387,9 @@ def run(config, method_config=None, argv=(), trial=None):
             (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
             return show_finished(out, quiet=trial is not None)
         suite, tokenizer = trial[0] if trial else load_data(config)
+        if config.epochs:
+            steps = config.epochs * len(suite.train) / (config.batch_size * config.grad_accum)
+            config = replace(config, steps=max(1, round(steps)), epochs=None)
         note = {"method": config.method, "asked": asked, "tasks": suite.names,
                 "template": template_of(config, tokenizer), **provenance(argv)}
         if "settled" in saved:
@@ -391,7 +413,7 @@ def run(config, method_config=None, argv=(), trial=None):
             raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
         except (UserError, OSError) as error:
             raise UserError("; ".join(filter(None, (str(error), goes_on())))) from None
-        for name in ("checkpoint.safetensors", *(["adapter.safetensors"] if trial else [])):
+        for name in ("checkpoint.safetensors", "best.safetensors", *(["adapter.safetensors"] if trial else [])):
             (out / name).unlink(missing_ok=True)
         return results
 
@@ -407,13 +429,20 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
     spent, done = facts.get("seconds", 0.0), facts.get("step", 0)
     if not trial:
         print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
-        print(f"{len(suite.train):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
-              f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {folder.out}")
+        size, number = config.batch_size * config.grad_accum, len(suite.train)
+        print(f"{number:,} training examples of {len(suite.trained)} tasks, {config.steps} steps of {size} = "
+              f"{config.steps * size / number:.3g} epochs, {model.device.type} {config.dtype}, to {folder.out}")
         print(f"{folder.out} holds the first {done} steps: going on from there\n" * bool(done), end="", flush=True)
         facts["before"] = before = facts["before"] if done else scored()
-
+        picked = samples.pick(suite, config.samples, model.config.max_position_embeddings)
+        facts["said"] = said = facts["said"] if done else samples.answer(model, picked, tokenizer)
+    rows = replace(suite, tests={"": suite.validation}, score={"": data.loss})
+    look = lambda: data.evaluate(model, rows, tokenizer, config.batch_size)[""]["loss"]
+    log = Log(folder.path / "metrics.jsonl", done, trial)
+    best = Best(folder, adapter, look, log, config.eval_every, config.keep_best, done)
     first = copied()
-    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(folder.path / "metrics.jsonl", done, trial), keep)
+    train(model, adapter, suite.train, config, tokenizer.pad_id, log, keep, best)
+    best.restore()
     if keep:
         save_tensors(folder.path / "adapter.safetensors", adapter.tensors())
         folder.take_place()
@@ -431,6 +460,8 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
         "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
         "report": report}
     if not trial:
+        told = samples.tell(picked, said, samples.answer(model, picked, tokenizer), tokenizer)
+        write_json(folder.path / "samples.json", told)
         print_table(results)
     return results
 
@@ -511,15 +542,6 @@ def identity(config, method_config, device, dtype):
             "base": hashes(sorted([*weights, *map(str, base.glob("*.json"))]), base),
             "data": {file: digest(file) for file in files_of(config) if Path(file).is_file()},
             "code": hashes(source, HERE)}
-
-
-def show_finished(out, quiet=False):
-    """The results of a finished run, with their table."""
-    results = read_json(out / "results.json")
-    if not quiet:
-        print_table(results)
-        print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
-    return results
 
 
 # Fields that the first build's run folders have and today's settings do not. The method's rate and steps stood in both.

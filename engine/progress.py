@@ -2,8 +2,24 @@
 
 import json
 import sys
+import time
 
 from model import written
+
+
+def progress(items, what, total=None):
+    """The items, one by one; on a terminal a line says how many are done, and when all of `total` will be. It is gone
+    at the end, and not there at all in the first second."""
+    start = shown = time.perf_counter()
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if sys.stdout.isatty() and now - shown > 1:
+            left = f"/{total}  ETA {clock((now - start) / done * (total - done))}" if total and done else ""
+            print(f"\r\033[K{what} {done}{left}", end="", flush=True)
+            shown = now
+        yield item
+    if shown != start:
+        print("\r\033[K", end="", flush=True)
 
 
 class Log:
@@ -15,14 +31,18 @@ class Log:
         with written(path) as part:
             part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step))
         self.file, self.live, self.quiet, self.count = open(path, "a", encoding="utf-8"), sys.stdout.isatty(), quiet, 0
+        self.validation = ""
 
     def __call__(self, record):
         print(json.dumps(record), file=self.file, flush=True)
+        if "validation_loss" in record:  # shown with the next line
+            self.validation = "  validation {validation_loss:.4f}".format(**record)
+            return
         last = record["step"] == record["steps"]
         self.count += 1
         if self.live or not self.quiet and (last or self.count % 10 == 1):
-            line = "step {step:>5}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {eta}"
-            line = line.format(**record, eta=clock(record["eta_seconds"]))
+            line = "step {step:>5}/{steps}  loss {loss:.4f}{}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {}"
+            line = line.format(self.validation, clock(record["eta_seconds"]), **record)
             print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
 
 

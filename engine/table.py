@@ -2,6 +2,8 @@
 
 import math
 
+from model import read_json
+
 
 def wilson(percent, rows, z=1.96):
     """(lowest, highest) percentage of the 95 % interval of a percentage of so many rows: Wilson's, which has width at 0
@@ -68,3 +70,12 @@ def print_table(results):
     if results["uni"] is not None:
         line("Uni", "their sum", "", ["", results["uni"]])
     print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
+
+
+def show_finished(out, quiet=False):
+    """The results of a finished run, with their table."""
+    results = read_json(out / "results.json")
+    if not quiet:
+        print_table(results)
+        print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
+    return results

@@ -135,13 +135,14 @@ def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="
         files, eval_files, general_files, shot_files if shots else ()))
     if both := (rows.keys() | held.keys()) & general.keys():
         raise UserError(f"task {min(both)!r} is both general and to be learned: name it apart with NAME=FILE")
-    train, tests, kinds = {}, {}, {}
+    train, tests, kinds, choosing = {}, {}, {}, []
     for name, (kind, left) in rows.items():
         if not held:
             left, tests[name] = hold_out(left)
             print(f"{name}: a twentieth of the rows ({len(tests[name])} of {len(rows[name][1]):,}), drawn from all "
                   "over them, is held out and never trained on; --eval-data names other data")
         left, validation = hold_out(left)
+        choosing += [apply(row) for row in validation]
         if split == "validation":
             tests[name] = validation
         if not left or not tests.get(name, True):
@@ -168,4 +169,4 @@ def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="
         train = {name: [every[i % len(every)] for i in range(most)] for name, every in train.items()}
     return Suite(list(train), [e for every in train.values() for e in every], tests,
                  {name: "general" if name in general else "new" for name in tests},
-                 {name: kinds[name] for name in tests}, {name: FORMATS[kinds[name]].score for name in tests})
+                 {name: kinds[name] for name in tests}, {name: FORMATS[kinds[name]].score for name in tests}, choosing)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from data import Example, Segment, choice, exact, loss, percent
+from engine.progress import progress
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------- parts of records
@@ -173,7 +174,8 @@ def generated(model, examples, tokenizer, batch_size, new_tokens):
     order = sorted(range(len(examples)), key=lambda i: (-rooms[i], examples[i].prompt))
     for room, alike in groupby(order, key=lambda i: rooms[i]):
         alike = list(alike)
-        for start in range(0, len(alike) if room > 0 else 0, batch_size):
+        starts = range(0, len(alike) if room > 0 else 0, batch_size)
+        for start in progress(starts, "answers, batch", len(starts)):
             part = alike[start : start + batch_size]
             rows = model.generate([examples[i].ids[: examples[i].prompt] for i in part], room, tokenizer.stop_ids)
             for i, row in zip(part, rows):
