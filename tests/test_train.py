@@ -210,9 +210,10 @@ def test_a_run_leaves_what_it_promises(runs):
     assert not torch.equal(train.load_run(out)[0](ids), Llama.from_pretrained(BASE)(ids))
 
 
+@pytest.mark.slow
 def test_the_lowest_loss_on_validation_rows_is_kept_and_samples_are_told(runs):
     """By a second scoring of what the run has saved."""
-    out = runs("--method", "lora", *QUICK, "--eval-every", "3", "--keep-best", "--lr", "0.1")
+    out = runs("--method", "lora", *QUICK, "--eval-every", "3", "--keep-best", "--lr", "0.1", "--samples", "3")
     looks = {r["step"]: r["validation_loss"] for r in json_lines(out / "metrics.jsonl") if "validation_loss" in r}
     assert list(looks) == [3, 6, 9, 12] and not (out / "best.safetensors").exists()
     best = min(looks, key=looks.get)
