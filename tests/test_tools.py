@@ -192,6 +192,12 @@ def test_show_tells_what_is_said_and_brackets_what_is_trained_on(tmp_path):
     assert re.findall(r"\[(.*?)\]", line) == [*wanted, "</s>"]
 
 
+def test_show_spells_characters_of_several_tokens(tmp_path):
+    file = written(tmp_path / "a.jsonl", [{"prompt": "北京?", "completion": "é是"}])
+    text = here("-m", "tools.show", file, "--template", "plain").stdout
+    assert "北+3 京+3 ?" in text and "[é+2] [是+3] [</s>]" in text and "\ufffd" not in text
+
+
 @pytest.mark.slow
 def test_show_lists_the_built_in_suite():
     text = cli("-m", "tools.show").stdout

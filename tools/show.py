@@ -21,9 +21,17 @@ def as_text(example):
 
 
 def as_tokens(encoded, tokenizer):
-    """One example, token by token: tokens in brackets are trained on."""
-    pieces = [repr(tokenizer.fast.decode([i], skip_special_tokens=False))[1:-1] for i in encoded.ids]
-    return " ".join(f"[{piece}]" if label != -100 else piece for piece, label in zip(pieces, encoded.labels))
+    """One example, token by token: tokens in brackets are trained on. Tokens that are parts of one character stand
+    together, with "+" and their number."""
+    pieces, part = [], []
+    for i, label in zip(encoded.ids, encoded.labels):
+        part.append(i)
+        text = tokenizer.fast.decode(part, skip_special_tokens=False)
+        if "\ufffd" in text and len(part) < 4:  # not a whole character yet
+            continue
+        text = repr(text)[1:-1] + f"+{len(part)}" * (len(part) > 1)
+        pieces, part = [*pieces, f"[{text}]" if label != -100 else text], []
+    return " ".join(pieces)
 
 
 def sizes(encoded):
