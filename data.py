@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from engine.progress import progress
-from model import Context, UserError, labelled_positions, read_json, write_json
+from model import Context, UserError, labelled_positions, read_json, write_json, written
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -47,6 +47,7 @@ class Example:
     choices: list[str] | None = None
     gold: str | None = None
     end: str | None = None
+    source: str = ""  # file:line, or task and number of the built-in suite
 
     def texts(self):
         """[(text, trained?)]: neighbouring segments that are trained on alike are one text for the tokenizer."""
@@ -189,8 +190,8 @@ class Tokenizer:
 
     def save(self, path):
         """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
-        path.mkdir(parents=True, exist_ok=True)
-        self.fast.save(str(path / "tokenizer.json"))
+        with written(path / "tokenizer.json") as part:
+            part.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
         special = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                     **{name: self.fast.id_to_token(i) for name, i in special.items()}, "template": self.template}
@@ -210,6 +211,7 @@ class Encoded:
     task: int
     choices: list | None = None  # an Encoded for each choice, labelled on the choice alone, without EOS
     gold: str = ""  # the answer as text
+    source: str = ""  # as an Example's
 
 
 def pieces(example, tokenizer):
@@ -256,9 +258,10 @@ def encode(examples, tokenizer, names):
         task, choices = names.index(e.task), None
         if e.choices:
             own = ids[parts[-2][2]]
-            choices = [Encoded(before + own[c], [-100] * len(before) + own[c], prompt, task, gold=c) for c in e.choices]
+            choices = [Encoded(before + own[c], [-100] * len(before) + own[c], prompt, task, gold=c, source=e.source)
+                       for c in e.choices]
         last = next((part for part, *_ in reversed(parts) if isinstance(part, str)), "")
-        out.append(Encoded(tokens, labels, prompt, task, choices, last if e.gold is None else e.gold))
+        out.append(Encoded(tokens, labels, prompt, task, choices, last if e.gold is None else e.gold, e.source))
     return out
 
 
@@ -365,7 +368,8 @@ def micro_batches(group, size, device):
 
 @torch.no_grad()
 def answer_scores(model, examples, pad, batch_size):
-    """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels."""
+    """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels.
+    Raises UserError where one is NaN or infinite."""
     found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     starts = range(0, len(order), batch_size)
     for start in progress(starts, "scoring, batch", len(starts)):
@@ -379,6 +383,9 @@ def answer_scores(model, examples, pad, batch_size):
         chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype, device=c.device).index_add_(0, rows, c).tolist()
                                   for c in columns)
         for i, *values in zip(part, chances, counts, wrong):
+            if not math.isfinite(values[0]):
+                raise UserError(f"an answer's log-probability is {values[0]} (example {examples[i].source[-24:]}): "
+                                "the model's numbers overflow; try --dtype float32, or a lower --lr")
             found[i] = values[0], values[1], values[2] == 0
     return found
 

@@ -128,6 +128,9 @@ class LlamaConfig:
         config = cls(**known)
         if config.num_attention_heads % config.num_key_value_heads:
             refuse("num_key_value_heads", f"a divisor of num_attention_heads = {config.num_attention_heads}")
+        widest = max(config.vocab_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+        if widest * config.hidden_size >= 2**48:
+            refuse("hidden_size", f"a size that fits a machine: a weight has {widest:,} rows of that many numbers")
         if config.head_dim % 2:
             refuse("head_dim", "an even number, because RoPE turns pairs of channels")
         return config
@@ -311,8 +314,8 @@ class Decoder(nn.Module):
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         if ctx.decoding or h.device.type == "cpu" and ids.shape[1] <= SHORT:
             slots = torch.arange(ctx.cache.used if ctx.decoding else ids.shape[1], device=ids.device)
-            hidden = slots > ctx.positions[:, :, None]  # a query sees the slots up to its own position
-            ctx.mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -math.inf)[:, None]
+            hidden = slots > ctx.positions[:, None, :, None]  # a query sees the slots up to its own position
+            ctx.mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -math.inf)
         for layer in self.layers:
             h = checkpoint(layer, h, ctx, use_reentrant=False) if self.checkpointing else layer(h, ctx)
         return self.norm(h)

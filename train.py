@@ -28,7 +28,7 @@ import data
 import formats
 from base import suite as builtin
 from engine.checkpoint import Best, Checkpoint, save_tensors, signals_kept
-from engine.flags import Parser, Stopped, add_flags, check, command_line, flag
+from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from engine.progress import Log
 from engine.table import print_table, show_finished, summary
@@ -281,7 +281,7 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
                                   fused=model.device.type in ("cpu", "cuda"))
     peaks = [part["lr"] for part in optimizer.param_groups]
     params = [p for part in optimizer.param_groups for p in part["params"]]
-    done, losses, tokens, seconds = 0, [], 0, 0.0
+    done, losses, waiting, tokens, seconds = 0, [], [], 0, 0.0
     if keep and "step" in keep.facts:
         keep.load(adapter, optimizer)
         done, losses, tokens, seconds = (keep.facts[key] for key in ("step", "losses", "tokens", "seconds"))
@@ -301,22 +301,19 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
                     loss = loss + adapter.penalty(batch.ctx) * (len(batch.ids) / per_step)
                 loss.backward()
                 total = total + loss.detach()
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(params, config.clip)
+            norm = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
             adapter.before_step()
             optimizer.step()
             adapter.after_step()
             optimizer.zero_grad()
-            losses.append(total)
+            waiting.append((step, total, norm, group))
             tokens += sum(len(example.ids) for example in group)
             due = config.save_every and (step % config.save_every == 0 or step == config.steps)
             logged = step % config.log_every == 0 or step == config.steps
             stop = caught[:1]
             if due or logged or stop:  # only here does the host wait for the device
-                losses = [float(value) for value in losses]
-                if wrong := [i for i, value in enumerate(losses) if not math.isfinite(value)]:
-                    raise UserError(f"the loss is {losses[wrong[0]]} at step {step - len(losses) + 1 + wrong[0]}: try "
-                                    f"a lower --lr than {config.lr:g}")
+                losses += [finite_loss(*one, config.lr) for one in waiting]
+                waiting = []
             seconds = time.perf_counter() - start
             if watch:
                 watch(step, config.steps)
@@ -332,6 +329,17 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
             if stop:
                 raise Stopped(*stop, f"stopped after step {step} of {config.steps}")
     model.eval()
+
+
+def finite_loss(step, loss, norm, group, lr):
+    """The loss of a step as a number. Raises UserError, naming the examples of its group, where it or the gradients'
+    norm is not finite."""
+    loss, norm = float(loss), float(norm)
+    if math.isfinite(loss) and math.isfinite(norm):
+        return loss
+    named = ", ".join(e.source[-24:] for e in group[:3]) + (f" and {len(group) - 3} more" if len(group) > 3 else "")
+    raise UserError(f"at step {step} the loss is {loss:g} and the gradients' norm {norm:g} (examples {named}): try a "
+                    f"lower --lr than {lr:g}")
 
 
 class Trials:
@@ -405,14 +413,15 @@ def run(config, method_config=None, argv=(), trial=None):
         if "settled" not in saved:
             write_json(folder.path / "config.json", {**note, "settled": asdict(method_config)})
         keep = Checkpoint(folder)
-        goes_on = lambda: f"{folder.path} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
+        goes_on = lambda: (f"{folder.path} holds the first {keep.facts['step']} steps" if "step" in keep.facts else
+                           f"{out} is as it was" if folder.path != folder.out else "")
         try:
             results = learn(config, config.method, model, adapter, suite, tokenizer, folder, keep, trial and trial[1])
             write_json(out / "results.json", results)
         except Stopped as stopped:
             raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
-        except (UserError, OSError) as error:
-            raise UserError("; ".join(filter(None, (str(error), goes_on())))) from None
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            raise UserError("; ".join(filter(None, (told(error), goes_on())))) from None
         for name in ("checkpoint.safetensors", "best.safetensors", *(["adapter.safetensors"] if trial else [])):
             (out / name).unlink(missing_ok=True)
         return results
@@ -468,7 +477,7 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
 
 # What a scored run's own data are; with --eval-only each is the run's where the command line does not name it.
 ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows", "ignore_fields")
-ABOUT_DATA = ("tasks", "template", "max_length", "too_long")
+ABOUT_DATA = ("tasks", "template", "max_length", "too_long", "eval_split", "eval_limit", "max_new_tokens")
 
 
 def score_only(config, given=(), argv=()):
@@ -483,7 +492,7 @@ def score_only(config, given=(), argv=()):
         files = ABOUT_FILES if not set(ABOUT_FILES) & set(given) else ()
         keys = {key for key in ("base", *files, *ABOUT_DATA) if key not in given}
         if not files:
-            keys -= {"tasks"}
+            keys -= {"tasks", "eval_split", "eval_limit"}
             own = {**own, "template": saved.get("template", own["template"])}
         config = replace(config, **{key: own[key] for key in keys})
     asked = identity(config, None, device, dtype)

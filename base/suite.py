@@ -202,7 +202,7 @@ def generate(name, split):
         if split == "train" or instruction not in seen:
             seen.add(instruction)
             said = [Segment(instruction, "user"), Segment(answer, "assistant", trained=True)]
-            out.append(TEMPLATES["short"].apply(Example(name, said)))
+            out.append(TEMPLATES["short"].apply(Example(name, said, source=f"{name} {len(out)}")))
     return out
 
 

@@ -7,7 +7,6 @@ training, and seconds and tokens so far. It needs no random state, since the ran
 """
 
 import json
-import math
 import signal
 import threading
 from contextlib import contextmanager
@@ -72,8 +71,6 @@ class Best:
         if not self.every or (step % self.every and step != steps):
             return
         loss = self.look()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss on validation rows is {loss} at step {step}: try a lower --lr")
         self.log({"step": step, "steps": steps, "validation_loss": loss})
         if self.keep and loss < self.loss:
             self.loss = loss

@@ -6,14 +6,13 @@ Each field of a settings dataclass is a flag: `rank: Annotated[int, "rank of eac
 
 import argparse
 import difflib
+import re
 import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
-
-import torch
 
 from model import UserError
 
@@ -105,9 +104,20 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def told(error):
+    """What a user is told of a UserError, an error of the operating system, or too little memory, of the host or of a
+    device. Raises anything else again: it is a bug."""
+    if not isinstance(error, UserError) and (  # torch says it in a RuntimeError, in either way
+            isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error))):
+        return f"not enough memory: {(str(error).splitlines() or [''])[0]:.120}"
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    raise error
+
+
 def command_line(main):
-    """Runs a program. A UserError, or an error of the operating system, is one line and exit code 2; SIGINT and SIGTERM
-    are one line and exit codes 130 and 143; anything else is a bug and keeps its traceback."""
+    """Runs a program. What `told` knows is one line and exit code 2; SIGINT and SIGTERM are one line and exit codes 130
+    and 143; anything else is a bug and keeps its traceback."""
     def stop(number, frame):
         raise Stopped(number)
 
@@ -115,12 +125,8 @@ def command_line(main):
         signal.signal(number, stop)
     try:
         sys.exit(main())
-    except (UserError, OSError) as error:
-        fail(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-            raise
-        fail(f"not enough memory: {(str(error).splitlines() or [''])[0][:120]}")
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        fail(told(error))
     except Stopped as stopped:
         print(f"{program()}: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

@@ -68,7 +68,8 @@ def read_files(files, skip_bad=False, ignore=()):
         for line, record in good:
             try:
                 found = FORMATS[kind].read(Record(record, used=used))
-                rows += [replace(e, task=name) for e in (found if isinstance(found, list) else [found])]
+                found = found if isinstance(found, list) else [found]
+                rows += [replace(e, task=name, source=f"{file}:{line}") for e in found]
             except UserError as error:
                 bad.append((line, str(error)))
                 whole -= 1

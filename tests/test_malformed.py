@@ -9,7 +9,7 @@ import pytest
 import train
 from data import Tokenizer
 from model import Llama, UserError
-from tests.helpers import BASE, cli, here, one_line_error, tiny, tokenizer_folder, written
+from tests.helpers import BASE, HERE, SOURCES, cli, here, one_line_error, tiny, tokenizer_folder, written
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -22,7 +22,7 @@ CONFIGS = [
     ("rope_scaling", {"rope_type": "linear", "factor": -2.0}), ("rope_parameters", {"rope_theta": "x"}),
     ("rope_parameters", {"rope_theta": [1]}), ("num_hidden_layers", 1_000_000), ("num_hidden_layers", 1),
     ("model_type", 3), ("model_type", "gpt2"), ("hidden_act", "gelu"), ("quantization_config", {"bits": 4}),
-    ("eos_token_id", "x"), ("bos_token_id", 1.5)]
+    ("eos_token_id", "x"), ("bos_token_id", 1.5), ("hidden_size", 2**31), ("head_dim", 2**39), ("head_dim", 2**35)]
 
 
 @pytest.mark.parametrize("key, value", CONFIGS, ids=lambda value: str(value)[:40])
@@ -123,12 +123,12 @@ def test_a_wrong_flag_is_one_line(tmp_path, args):
 
 
 def test_legal_but_odd_input_works(tmp_path):
-    """One row with --eval-data, an empty answer there, a batch larger than the data, --max-length 2, a folder with
-    spaces, another working directory."""
+    """One row with --eval-data, an empty answer there, prompts of special tokens alone, a batch larger than the data,
+    --max-length 2, a folder with spaces, another working directory."""
     folder = tmp_path / "a folder"
     folder.mkdir()
-    written(folder / "one.jsonl", [{"prompt": "Hi", "completion": "Ho"}])
-    written(folder / "test.jsonl", [{"prompt": "Hi", "completion": ""}, {"prompt": "Ha", "completion": "x"}])
+    written(folder / "one.jsonl", [{"prompt": "<s></s>", "completion": "Ho"}])
+    written(folder / "test.jsonl", [{"prompt": "Hi", "completion": ""}, {"prompt": "</s>", "completion": "<s>"}])
     common = ("--method", "lora", "--base", BASE, "--data", "one.jsonl", "--steps", "2")
     program = BASE.parent / "train.py"
     here(program, *common, "--eval-data", "one=test.jsonl", "--batch-size", "100", cwd=folder)
@@ -136,12 +136,25 @@ def test_legal_but_odd_input_works(tmp_path):
     here(program, *common, "--eval-data", "one=test.jsonl", "--max-length", "2", "--out", "short", cwd=folder)
 
 
+@pytest.mark.slow
+def test_a_checkout_in_a_folder_with_spaces_works(tmp_path):
+    here = tmp_path / "my own checkout"
+    here.mkdir()
+    for name in (*SOURCES, "tools"):
+        copy = shutil.copytree if (HERE / name).is_dir() else shutil.copyfile
+        copy(HERE / name, here / name)
+    command = ("train.py", "--method", "lora", "--tasks", "currency", "--steps", "1", "--eval-limit", "1")
+    for said in ("Uni", "nothing was done"):
+        assert said in cli(*command, cwd=here).stdout
+    assert "tokens/s" in cli("-m", "tools.chat", "base", "Hi", "--adapter", "out/lora", cwd=here).stdout
+
+
 def test_bad_rows_are_counted_not_listed(tmp_path):
-    rows = [{"prompt": f"q{i}", "completion": str(i)} for i in range(50)] + [{"prompt": 7, "completion": ""}] * 20_000
+    rows = [{"prompt": f"q{i}", "completion": str(i)} for i in range(50)] + [{"prompt": 7, "completion": ""}] * 100_000
     written(tmp_path / "many.jsonl", rows)
     text = here("train.py", "--method", "lora", "--data", tmp_path / "many.jsonl", "--skip-bad-rows", "--steps", "1",
                 "--batch-size", "2", "--out", tmp_path / "run").stdout
-    assert "20000 bad rows skipped" in text.replace(",", "")
+    assert "100000 bad rows skipped" in text.replace(",", "")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 from data import Example, Segment, Tokenizer, encode
 from engine.flags import Parser, command_line
 from formats import TEMPLATES, choose, named, read_records
+from formats.known import text_of
 from model import Llama, UserError, write_json
 from train import load_run, place
 
@@ -31,8 +32,13 @@ def answer_all(tokenizer, tokens, file, out, complete, room, generator, batch=32
     out.parent.mkdir(parents=True, exist_ok=True)
     records = []
     for line, record, error in read_records(file):
-        if error or type(record) is not dict or not isinstance(record.get("instruction"), str):
-            raise UserError(f"{file}:{line}: {error or 'no field instruction with text'}")
+        try:
+            if error or type(record) is not dict:
+                raise UserError(error or "no object with named fields")
+            for name in ("instruction", *(n for n in ("input", "dataset") if record.get(n))):
+                text_of(record, name)
+        except UserError as error:
+            raise UserError(f"{file}:{line}: {error}") from None
         records.append(record)
     said = [[Segment(r["instruction"], "user"), *([Segment(r["input"], "input")] if r.get("input") else [])]
             for r in records]
@@ -47,7 +53,7 @@ def answer_all(tokenizer, tokens, file, out, complete, room, generator, batch=32
         seconds = time.perf_counter() - start
         print(f"{len(answers)}/{len(order)} answers, ETA {seconds / len(answers) * (len(order) - len(answers)):.0f} s",
               file=sys.stderr)
-    write_json(out, [{"dataset": r.get("dataset", Path(file).stem), "instruction": r["instruction"],
+    write_json(out, [{"dataset": r.get("dataset") or Path(file).stem, "instruction": r["instruction"],
                       "output": tokenizer.decode(answers[i]).strip(), "generator": generator}
                      for i, r in enumerate(records)])
     print(f"{out}: {len(records)} answers")
@@ -70,8 +76,10 @@ def main():
     args = parser.parse_args()
     if args.prompt is not None and args.prompts:
         raise UserError('give one of "prompt" and --prompts FILE')
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise UserError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    if args.max_new_tokens < 1 or not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
+        raise UserError("--max-new-tokens must be at least 1, --temperature 0 or from 0.01 to 100")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed!r:.80}, expected from 0 to 9e18")
 
     saved, (device, dtype) = {}, place(args)
     if args.adapter:

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from data import Tokenizer
+from engine.checkpoint import save_tensors
 from engine.flags import Parser, command_line
+from engine.folder import beside, locked
 from formats import choose, named
-from model import UserError, open_tensors, read_json, tensor_files, write_json
+from model import UserError, open_tensors, read_json, tensor_files, write_json, written
 from train import load_run
 
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -31,14 +32,15 @@ def save_merged(run, base, out):
     model.to(dtype).save_pretrained(out)
     for file in BESIDE:
         if (checkpoint / file).exists():
-            shutil.copy(checkpoint / file, out / file)
+            with written(out / file) as part:
+                shutil.copyfile(checkpoint / file, part)
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     name, _ = choose(saved.get("template", "auto"), tokenizer, checkpoint)
     for file, changes in (("tokenizer_config.json", {"template": name, "chat_template": named(name).jinja(tokenizer)}),
                           ("generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})):
         write_json(out / file, {**(read_json(out / file) if (out / file).exists() else {}), **changes})
-    print(f"{out}: a plain checkpoint, {str(dtype).removeprefix('torch.')}; its chat template is {name}, which it was "
-          "trained with")
+    return (f"a plain checkpoint, {str(dtype).removeprefix('torch.')}; its chat template is {name}, which it was "
+            "trained with")
 
 
 @torch.no_grad()
@@ -51,17 +53,16 @@ def save_peft(run, base, out):
     tensors = {}
     for name, linear in adapter.linears.items():
         down, up = linear.multilora.factors()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
     rank = len(down)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
+    save_tensors(out / "adapter_model.safetensors", tensors)
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base or saved["settings"]["base"]), "r": rank,
         "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "target_modules": sorted({name.rsplit(".", 1)[1] for name in adapter.linears})})
-    print(f"{out}: a PEFT LoRA adapter of rank {rank} for {len(adapter.linears)} layers")
+    return f"a PEFT LoRA adapter of rank {rank} for {len(adapter.linears)} layers"
 
 
 def main():
@@ -74,9 +75,13 @@ def main():
     if bool(args.hf) + bool(args.peft) != 1:
         raise UserError("give one of --hf DIR and --peft DIR")
     out = args.hf or args.peft
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something already: name a new folder")
-    (save_merged if args.hf else save_peft)(args.run, args.base, out)
+    with locked(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} holds something already: name a new folder")
+        whole = beside(out, "new")  # removed with the lock, should something go wrong
+        what = (save_merged if args.hf else save_peft)(args.run, args.base, whole)
+        whole.replace(out.resolve())
+    print(f"{out}: {what}")
 
 
 if __name__ == "__main__":
