@@ -114,7 +114,7 @@ def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
     assert "is there already" in one_line_error(*args)
     written(file, [{"instruction": "fine"}, {"prompt": "none"}])
     message = one_line_error(*args[:-3], tmp_path / "other.json")
-    assert f"{file}:2: no field instruction" in message and not (tmp_path / "other.json").exists()
+    assert f"{file}:2: no field 'instruction'" in message and not (tmp_path / "other.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- export
