@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
+from engine.progress import progress
 from model import Context, UserError, labelled_positions, read_json, write_json, written
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -37,11 +38,15 @@ class Segment:
 @dataclass
 class Example:
     """One record. Its segments are in reading order, so that several assistant turns fit; the prompt is all before the
-    first trained one. choices: the answers to rank, the right one being that of the last trained text, or None."""
+    first trained one. choices: the answers to rank, the right one being that of the last trained text, or None. gold:
+    what a generated answer is compared with; None: the last trained text. end: the token behind each answer where a
+    template spells its own BOS as well; None: EOS, and BOS in front as the tokenizer's files say."""
 
     task: str
     segments: list[Segment]
     choices: list[str] | None = None
+    gold: str | None = None
+    end: str | None = None
     source: str = ""  # file:line, or task and number of the built-in suite
 
     def texts(self):
@@ -60,6 +65,7 @@ class Suite:
     group: dict  # {task: "new" | "general"}
     aspect: dict  # {task: what kind of task it is}
     score: dict[str, Callable]  # {task: function that scores it}, see "scoring" below
+    validation: list = field(default_factory=list)  # of the trained tasks, for --eval-every
 
     @property
     def names(self):
@@ -82,12 +88,14 @@ class Suite:
                      for g in self.groups(scores))
 
 
-def main_figure(figures):
-    """The main one of a task's figures, which is the first."""
+def main_figure(figures):  # the first
     return next(iter(figures.values()))
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
+
+
+BOS, EOS = "<bos>", "<eos>"  # in a template's markup, whatever the tokenizer calls them
 
 
 def settings_in(file):
@@ -101,10 +109,16 @@ class Tokenizer:
     def __init__(self, fast, bos_id, eos_id, pad_id, stop_ids, template=None):
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
         self.stop_ids, self.template, self.size = stop_ids, template, fast.get_vocab_size()
+        self.special = {token.content: i for i, token in fast.get_added_tokens_decoder().items()}
+        self.special |= {name: i for name, i in ((BOS, bos_id), (EOS, eos_id)) if i is not None}
+        self.markup = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
         # Llama 2's normalizer puts a space before any text, also before one that continues another. A line break in
         # front takes that space on itself, and is taken off again.
         spaced = re.search(r'"Prepend"|"prepend_scheme":\s*"(first|always)"', fast.to_str())
         self.lead = fast.encode("\n", add_special_tokens=False).ids if spaced else []
+        behind = [fast.encode(text, add_special_tokens=False).ids for text in (fast.id_to_token(eos_id) + "a", "a")]
+        self.respaced = behind[0][-len(behind[1]) :] == behind[1]  # whether text behind a special token gets it too
+        fast.encode_special_tokens = True  # </s> in a text is five characters; special tokens are put in by number
 
     @classmethod
     def from_pretrained(cls, path):
@@ -162,9 +176,10 @@ class Tokenizer:
         """Token ids of a text; start adds what the tokenizer puts before a sequence (BOS)."""
         return self.encode_batch([text], start)[0]
 
-    def encode_batch(self, texts, start=True):
+    def encode_batch(self, texts, start=True, spaced=False):
+        """spaced: keep the space that the tokenizer puts before any text; a text that starts has it anyway."""
         ids = [e.ids for e in self.fast.encode_batch(texts, add_special_tokens=start)]
-        if start or not self.lead:
+        if start or spaced or not self.lead:
             return ids
         after = [e.ids for e in self.fast.encode_batch(["\n" + t for t in texts], add_special_tokens=False)]
         n = len(self.lead)  # where the line break merges with the text, there is nothing to take off
@@ -199,33 +214,54 @@ class Encoded:
     source: str = ""  # as an Example's
 
 
+def pieces(example, tokenizer):
+    """[(text, or the id of a special token; trained?; how encode_batch takes it)] of an example, with the token that
+    ends each answer. Only markup holds special tokens. Neighbouring texts that are trained on alike are one text."""
+    found, end = [], tokenizer.special.get(example.end or EOS)
+    if end is None:
+        raise UserError(f"the tokenizer has no token {example.end!r}, which ends an answer: choose another --template")
+    for trained, run in groupby(example.segments, key=lambda s: s.trained):
+        parts = [""]
+        for segment in run:
+            at = 0
+            for token in tokenizer.markup.finditer(segment.text) if segment.role is None else ():
+                parts[-1] += segment.text[at : token.start()]
+                parts, at = [*parts, tokenizer.special[token[0]], ""], token.end()
+            parts[-1] += segment.text[at:]
+        for part in [part for part in parts if part != "" or len(parts) == 1] + [end] * trained:
+            how = (False, tokenizer.respaced and type(found[-1][0]) is int) if found else (example.end is None, True)
+            found.append((part, trained, how))
+    return found
+
+
 def encode(examples, tokenizer, names):
     """[Encoded] for examples, in order. names: all task names, whose order gives the task index.
 
-    Prompts and answers are tokenized apart, so that no token reaches across their border; an EOS, trained too, ends
-    every answer. The very first token is never trained on: nothing predicts it.
+    Prompts and answers are tokenized apart, so that no token reaches across their border; the token that ends an answer
+    is trained too. The very first token is never trained on: nothing predicts it.
     """
-    texts = [(text, i == 0) for e in examples for i, (text, _) in enumerate(e.texts())]
-    texts += [(choice, False) for e in examples for choice in e.choices or ()]
-    ids = {}
-    for start in (True, False):  # two batch calls are several times faster than a call for each text
-        wanted = list(dict.fromkeys(text for text, first in texts if first == start))
-        ids.update({(text, start): i for text, i in zip(wanted, tokenizer.encode_batch(wanted, start))})
-    out = []
-    for e in examples:
-        tokens, labels, texts = [], [], e.texts()
-        for i, (text, trained) in enumerate(texts):
-            piece = ids[text, i == 0] + [tokenizer.eos_id] * trained
-            tokens += piece
-            labels += piece if trained else [-100] * len(piece)
+    whole, ids, out = [pieces(e, tokenizer) for e in examples], {}, []
+    for e, parts in zip(examples, whole):  # a batch call is several times faster than a call for each text
+        for part, _, how in parts:
+            ids.setdefault(how, {})[part] = [part]
+        for text in e.choices or ():  # taken as the answer is, the piece before the last one
+            ids.setdefault(parts[-2][2], {})[text] = None
+    for how, found in ids.items():
+        texts = [text for text in found if isinstance(text, str)]
+        found.update(zip(texts, tokenizer.encode_batch(texts, *how)))
+    for e, parts in zip(examples, whole):
+        tokens = [ids[how][part] for part, _, how in parts]
+        labels = [i if trained else -100 for piece, (_, trained, _) in zip(tokens, parts) for i in piece]
         labels[:1] = [-100]
         prompt = next((i for i, label in enumerate(labels) if label != -100), len(labels))
+        before, tokens = sum(tokens[:-2], []), sum(tokens, [])
         task, choices = names.index(e.task), None
         if e.choices:
-            before = len(tokens) - len(ids[texts[-1][0], False]) - 1  # tokens ahead of the last segment
-            choices = [Encoded(tokens[:before] + ids[c, False], [-100] * before + ids[c, False], prompt, task, gold=c,
-                               source=e.source) for c in e.choices]
-        out.append(Encoded(tokens, labels, prompt, task, choices, texts[-1][0], e.source))
+            own = ids[parts[-2][2]]
+            choices = [Encoded(before + own[c], [-100] * len(before) + own[c], prompt, task, gold=c, source=e.source)
+                       for c in e.choices]
+        last = next((part for part, *_ in reversed(parts) if isinstance(part, str)), "")
+        out.append(Encoded(tokens, labels, prompt, task, choices, last if e.gold is None else e.gold, e.source))
     return out
 
 
@@ -248,15 +284,16 @@ def fit(encoded, longest, how):
 
 def encode_suite(suite, tokenizer, longest, too_long="cut"):
     """The Suite with its examples as tokens, none longer than `longest`; says how many were."""
-    encoded, long = {"": suite.train, **suite.tests}, 0
-    for name, examples in encoded.items():
-        encoded[name], count = fit(encode(examples, tokenizer, suite.names), longest, too_long)
-        long += count
-        if examples and not encoded[name]:
-            raise UserError(f"all examples {name and 'of ' + name} are longer than --max-length {longest}")
-    if long:
-        print(f"{long:,} examples are longer than {longest} tokens: {too_long}")
-    return replace(suite, train=encoded.pop(""), tests=encoded)
+    def tokens(examples, what):
+        found, long = fit(encode(examples, tokenizer, suite.names), longest, too_long)
+        if long:
+            print(f"{what}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: {too_long}")
+        if examples and not found:
+            raise UserError(f"all examples of {what} are longer than --max-length {longest}")
+        return found
+
+    return replace(suite, train=tokens(suite.train, "training"), validation=tokens(suite.validation, "validation"),
+                   tests={task: tokens(examples, task) for task, examples in suite.tests.items()})
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -334,7 +371,8 @@ def answer_scores(model, examples, pad, batch_size):
     """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels.
     Raises UserError where one is NaN or infinite."""
     found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, "scoring, batch", len(starts)):
         part = order[start : start + batch_size]
         batch = collate([examples[i] for i in part], pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, batch.ctx)
@@ -390,37 +428,3 @@ def evaluate(model, suite, tokenizer, batch_size=48, new_tokens=256):
     with model.autocast():
         return {task: suite.score[task](model, examples, tokenizer, batch_size, new_tokens)
                 for task, examples in suite.tests.items()}
-
-
-def summary(suite, before, after):
-    """The part of results.json that is about scores. A task's before and after are its main figure's; `figures` holds
-    all that it is scored by."""
-    speciality, versatility = suite.means(after)
-    main = main_figure
-    return {"tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task],
-                             "score": suite.score[task].__name__,
-                             "before": main(before[task]) if before else None, "after": main(after[task]),
-                             "figures": {name: [before[task][name] if before else None, after[task][name]]
-                                         for name in after[task]}}
-                      for task in after},
-            "speciality": speciality, "versatility": versatility,
-            "uni": None if None in (speciality, versatility) else speciality + versatility}
-
-
-def print_table(results):
-    """The figures of each task before and after, one column where nothing was trained, and the group means."""
-    trained = "trainable_parameters" in results
-    line = lambda name, kind, *values: f"{name:<23} {kind:<18}" + "".join(f"{v:>9}" for v in values[-1 - trained :])
-    print("\n" + line("in % but for loss", results["eval_split"], *(("before", "after") if trained else ("score",))))
-    for group, title in (("new", "speciality"), ("general", "versatility")):
-        rows = {task: s for task, s in results["tasks"].items() if s["group"] == group}
-        for task, s in rows.items():
-            for i, (name, values) in enumerate(s["figures"].items()):
-                shown = [f"{v:.1f}" if s["score"] != "loss" else f"{v:.4g}" for v in values]
-                print(line("" if i else "  " + task, s["aspect"] if name == "exact match" else name, *shown))
-        before = [s["before"] for s in rows.values() if s["score"] != "loss"]
-        if before:
-            print(line(title, f"mean, {group}", f"{sum(before) / len(before):.1f}", f"{results[title]:.1f}"))
-    if results["uni"] is not None:
-        print(line("Uni", "their sum", "", f"{results['uni']:.1f}"))
-    print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")

@@ -8,6 +8,7 @@ trials, scoring alone, and finished runs. No line here knows a method by name: a
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
@@ -26,11 +27,14 @@ import torch
 import data
 import formats
 from base import suite as builtin
-from engine.checkpoint import Checkpoint, save_tensors, signals_kept
+from engine.checkpoint import Best, Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
+from engine.progress import Log
+from engine.table import print_table, show_finished, summary
+from formats import samples
 from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
-from model import fits, typed, write_json, written
+from model import fits, typed, write_json
 
 HERE = Path(__file__).resolve().parent
 TEMPLATES = ("auto", *formats.TEMPLATES)
@@ -49,7 +53,7 @@ class Config:
     base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
     data: Annotated[list[str], "what to learn: builtin, or files as [NAME=]FILE, each a task"] = field(
         default_factory=lambda: ["builtin"])
-    eval_data: Annotated[list[str], "files to score on; default: every 20th row of --data"] = field(
+    eval_data: Annotated[list[str], "files to score on; default: a twentieth of the rows of --data"] = field(
         default_factory=list)
     general_data: Annotated[list[str], "files of what the base can do already, only scored"] = field(
         default_factory=list)
@@ -63,9 +67,12 @@ class Config:
                           "[2, inf)"] = 512
     too_long: Annotated[Literal["cut", "drop"], "what happens to longer ones; they are counted"] = "cut"
     skip_bad_rows: Annotated[bool, "leave out and count rows that their format does not take"] = False
+    ignore_fields: Annotated[list[str], "fields of the data files that are left out on purpose"] = field(
+        default_factory=list)
     max_new_tokens: Annotated[int, "longest answer where scoring generates text (GSM8K)", "[1, inf)"] = 256
     tasks: Annotated[str, "built-in new tasks to learn: all (six), hard (twelve), or names separated by commas"] = "all"
     steps: Annotated[int | None, "optimiser steps", "[1, inf)"] = None
+    epochs: Annotated[float | None, "instead of --steps: how often each training example is seen", "(0, inf)"] = None
     batch_size: Annotated[int | None, "examples in a micro-batch", "[1, inf)"] = None
     grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch",
                           "[1, inf)"] = 1
@@ -82,6 +89,11 @@ class Config:
                      "What is trained stays float32 at least"] = "auto"
     eval_split: Annotated[Literal["test", "validation"], "the split that the table is about"] = "test"
     eval_limit: Annotated[int, "examples of each task to score, 0 for all", "[0, inf)"] = 0
+    eval_every: Annotated[int, "steps between two looks at the loss on validation rows (512 at most), 0 for none",
+                          "[0, inf)"] = 0
+    keep_best: Annotated[bool, "end with what had the lowest loss on validation rows, not with the last step"] = False
+    samples: Annotated[int, "prompts of each kind that are answered before and after, for samples.json",
+                       "[0, inf)"] = 3
     log_every: Annotated[int, "steps between two lines of metrics.jsonl", "[1, inf)"] = 10
     save_every: Annotated[int, "steps between two checkpoints, 0 for none", "[0, inf)"] = 100
     grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
@@ -93,8 +105,12 @@ class Config:
 
     def __post_init__(self):
         for name, value in {**STANDARD, **defaults_of(self.method)}.items():
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not (name == "steps" and self.epochs):
                 setattr(self, name, value)
+        if self.epochs and self.steps:
+            raise UserError("give one of --steps and --epochs")
+        if self.keep_best and (not self.eval_every or self.eval_split != "test"):
+            raise UserError("--keep-best needs --eval-every, and validation rows that the table is not about")
         if self.adapter and not self.eval_only:
             raise UserError("--adapter names a run to score: give --eval-only as well")
         if not self.builtin:
@@ -104,7 +120,8 @@ class Config:
                 raise UserError(f"{'--replay' if self.replay else '--tasks'} is about the built-in suite; with files, "
                                  "name in --data what to learn")
         else:
-            of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows")
+            of_files = ("eval_data", "general_data", "shot_data", "shots", "mix", "template", "skip_bad_rows",
+                        "ignore_fields")
             if wrong := [name for name in of_files if getattr(self, name) not in (0, [], "proportional", "auto")]:
                 raise UserError(f"--{wrong[0].replace('_', '-')} goes with files in --data, not with the built-in "
                                  "suite")
@@ -173,7 +190,8 @@ def parse(argv):
     found = vars(parser.parse_args(argv, argparse.Namespace(
         **{f.name: default for settings in (standard, own) if settings for f in fields(settings)})))
     given = {key: value for key, value in found.items() if value is not default}
-    config = replace(standard, **{f.name: given[f.name] for f in fields(standard) if f.name in given})
+    own_steps = {"steps": None} if "epochs" in given else {}
+    config = replace(standard, **own_steps | {f.name: given[f.name] for f in fields(standard) if f.name in given})
     if config.eval_only + (name is not None) != 1:
         parser.error(f"give one of --method NAME and --eval-only; methods: {', '.join(find_methods())}")
     return config, own and replace(own, **{f.name: given[f.name] for f in fields(own) if f.name in given}), given.keys()
@@ -207,10 +225,14 @@ def load_data(config, split=None, limit=None, train=True):
         suite = builtin.load(config.tasks, split, limit, config.replay)
     else:
         files = [file for file in config.data if file != "builtin"]
+        name, source = formats.choose(config.template, tokenizer, Path(config.base))
+        print(f"template {name}: {source}")
         suite = formats.load(files, config.eval_data, config.general_data, config.shot_data, config.shots, split, limit,
-                             template_of(config, tokenizer), config.mix, config.skip_bad_rows)
+                             name, config.mix, config.skip_bad_rows, config.ignore_fields)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
-    suite = suite if train else replace(suite, train=[])
+    most = min(512, len(suite.validation), (limit or 512) * len(suite.trained))
+    chosen = random.Random("validation").sample(suite.validation, most)
+    suite = replace(suite, train=suite.train if train else [], validation=chosen if config.eval_every else [])
     return data.encode_suite(suite, tokenizer, longest, config.too_long), tokenizer
 
 
@@ -218,7 +240,7 @@ def template_of(config, tokenizer):
     """The name of the prompt template that the data are written in."""
     if config.builtin:
         return "short"
-    return config.template if config.template != "auto" else tokenizer.template or "plain"
+    return formats.choose(config.template, tokenizer, Path(config.base))[0]
 
 
 def start_adapter(model, method, config):
@@ -241,13 +263,13 @@ def schedule(step, config):
     return min(step / warmup, cosine)
 
 
-def train(model, adapter, examples, config, pad, log=None, keep=None):
+def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None):
     """Trains in place, up to config.steps steps.
 
     The loss of a step is the mean over all labelled tokens of its micro-batches, so gradient accumulation equals one
     large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps. keep: the
-    run's Checkpoint, from which training goes on. Raises Stopped, with a checkpoint, after the step in which a signal
-    came.
+    run's Checkpoint, from which training goes on. watch(step, steps) is called after each step. Raises Stopped, with a
+    checkpoint, after the step in which a signal came.
     """
     per_step = config.batch_size * config.grad_accum
     draw = lambda: data.draw(examples, per_step, config.seed)
@@ -293,6 +315,10 @@ def train(model, adapter, examples, config, pad, log=None, keep=None):
                 losses += [finite_loss(*one, config.lr) for one in waiting]
                 waiting = []
             seconds = time.perf_counter() - start
+            if watch:
+                watch(step, config.steps)
+                model.train()
+                start = time.perf_counter() - seconds  # looking on is no training
             if log and logged:
                 log({"step": step, "steps": config.steps, "loss": sum(losses) / len(losses),
                      "lr": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds, "seconds": seconds,
@@ -316,30 +342,6 @@ def finite_loss(step, loss, norm, group, lr):
                     f"lower --lr than {lr:g}")
 
 
-class Log:
-    """Writes metrics.jsonl and shows progress: in place on a terminal, one line in ten records elsewhere (none where it
-    is quiet). Records after `step` are cut off: they will be made again."""
-
-    def __init__(self, path, step=0, quiet=False):
-        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
-        with written(path) as part:
-            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.file, self.live, self.quiet, self.count = open(path, "a", encoding="utf-8"), sys.stdout.isatty(), quiet, 0
-
-    def __call__(self, record):
-        print(json.dumps(record), file=self.file, flush=True)
-        last = record["step"] == record["steps"]
-        self.count += 1
-        if self.live or not self.quiet and (last or self.count % 10 == 1):
-            line = "step {step:>5}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {eta}"
-            line = line.format(**record, eta=clock(record["eta_seconds"]))
-            print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 class Trials:
     """trial(name, method_config, shares, **settings): a short run in a folder below, with these settings of train's
     own, scored on validation data; gives its results. shares: their "points" are the scores of start + share (end -
@@ -354,6 +356,8 @@ class Trials:
     def data(self):
         limit = min(self.EXAMPLES, self.config.eval_limit or self.EXAMPLES)
         suite, tokenizer = load_data(self.config, "validation", limit)
+        if by_loss := [task for task, score in suite.score.items() if score is data.loss]:
+            print(f"scored by loss, which has no part in the choice: {', '.join(by_loss)}")
         if not all(suite.groups({task: {"": 0.0} for task in suite.tests})):
             raise UserError(f"{self.config.method} chooses by trials, which need new and general tasks that are scored "
                             "in percent, not by loss: give such --general-data, or make its choice yourself")
@@ -363,7 +367,8 @@ class Trials:
         loaded, file = self.data, self.folder.path / "config.json"
         if not file.exists():
             write_json(file, self.note)
-        one = replace(self.config, **{"eval_split": "validation", **settings}, overwrite=False,
+        one = replace(self.config, **{"eval_split": "validation", "epochs": None, "eval_every": 0, "keep_best": False,
+                                       **settings}, overwrite=False,
                       out=str(self.folder.path / "search" / name))
         return run(one, method_config, self.argv, (loaded, shares))
 
@@ -390,6 +395,9 @@ def run(config, method_config=None, argv=(), trial=None):
             (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
             return show_finished(out, quiet=trial is not None)
         suite, tokenizer = trial[0] if trial else load_data(config)
+        if config.epochs:
+            steps = config.epochs * len(suite.train) / (config.batch_size * config.grad_accum)
+            config = replace(config, steps=max(1, round(steps)), epochs=None)
         note = {"method": config.method, "asked": asked, "tasks": suite.names,
                 "template": template_of(config, tokenizer), **provenance(argv)}
         if "settled" in saved:
@@ -414,7 +422,7 @@ def run(config, method_config=None, argv=(), trial=None):
             raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             raise UserError("; ".join(filter(None, (told(error), goes_on())))) from None
-        for name in ("checkpoint.safetensors", *(["adapter.safetensors"] if trial else [])):
+        for name in ("checkpoint.safetensors", "best.safetensors", *(["adapter.safetensors"] if trial else [])):
             (out / name).unlink(missing_ok=True)
         return results
 
@@ -430,13 +438,20 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
     spent, done = facts.get("seconds", 0.0), facts.get("step", 0)
     if not trial:
         print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
-        print(f"{len(suite.train):,} training examples of {len(suite.trained)} tasks, {config.steps} steps of "
-              f"{config.batch_size * config.grad_accum}, {model.device.type} {config.dtype}, to {folder.out}")
+        size, number = config.batch_size * config.grad_accum, len(suite.train)
+        print(f"{number:,} training examples of {len(suite.trained)} tasks, {config.steps} steps of {size} = "
+              f"{config.steps * size / number:.3g} epochs, {model.device.type} {config.dtype}, to {folder.out}")
         print(f"{folder.out} holds the first {done} steps: going on from there\n" * bool(done), end="", flush=True)
         facts["before"] = before = facts["before"] if done else scored()
-
+        picked = samples.pick(suite, config.samples, model.config.max_position_embeddings)
+        facts["said"] = said = facts["said"] if done else samples.answer(model, picked, tokenizer)
+    rows = replace(suite, tests={"": suite.validation}, score={"": data.loss})
+    look = lambda: data.evaluate(model, rows, tokenizer, config.batch_size)[""]["loss"]
+    log = Log(folder.path / "metrics.jsonl", done, trial)
+    best = Best(folder, adapter, look, log, config.eval_every, config.keep_best, done)
     first = copied()
-    train(model, adapter, suite.train, config, tokenizer.pad_id, Log(folder.path / "metrics.jsonl", done, trial), keep)
+    train(model, adapter, suite.train, config, tokenizer.pad_id, log, keep, best)
+    best.restore()
     if keep:
         save_tensors(folder.path / "adapter.safetensors", adapter.tensors())
         folder.take_place()
@@ -450,16 +465,18 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
     results = {
         "method": name, "seed": config.seed, "base": config.base, "steps": config.steps,
         "trainable_parameters": trainable, "total_parameters": total,
-        "eval_split": config.eval_split, **data.summary(suite, before, after), **({"points": points} if shares else {}),
+        "eval_split": config.eval_split, **summary(suite, before, after), **({"points": points} if shares else {}),
         "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
         "report": report}
     if not trial:
-        data.print_table(results)
+        told = samples.tell(picked, said, samples.answer(model, picked, tokenizer), tokenizer)
+        write_json(folder.path / "samples.json", told)
+        print_table(results)
     return results
 
 
 # What a scored run's own data are; with --eval-only each is the run's where the command line does not name it.
-ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows")
+ABOUT_FILES = ("data", "eval_data", "general_data", "shot_data", "shots", "skip_bad_rows", "ignore_fields")
 ABOUT_DATA = ("tasks", "template", "max_length", "too_long", "eval_split", "eval_limit", "max_new_tokens")
 
 
@@ -468,20 +485,21 @@ def score_only(config, given=(), argv=()):
     of settings that were asked for explicitly."""
     check(config)
     device, dtype = place(config)
-    name, out, saved = "base", Path(config.out or "out/eval"), {}
+    name, saved = Path(config.base).resolve().name, {}
     if config.adapter:
         saved = read_run(config.adapter)
-        name, own = saved["method"], saved["settings"]
+        name, own = Path(config.adapter).resolve().name, saved["settings"]
         files = ABOUT_FILES if not set(ABOUT_FILES) & set(given) else ()
         keys = {key for key in ("base", *files, *ABOUT_DATA) if key not in given}
         if not files:
             keys -= {"tasks", "eval_split", "eval_limit"}
             own = {**own, "template": saved.get("template", own["template"])}
         config = replace(config, **{key: own[key] for key in keys})
-    refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])
     asked = identity(config, None, device, dtype)
     if config.adapter:
         asked["adapter"] = digest(Path(config.adapter) / "adapter.safetensors")
+    out = Path(config.out or f"out/eval/{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
+    refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])
     with locked(out):
         if open_folder(out, asked, config.overwrite):
             return show_finished(out)
@@ -489,16 +507,21 @@ def score_only(config, given=(), argv=()):
             model, *_ = load_run(config.adapter, device, dtype, config.base)
         else:
             model = Llama.from_pretrained(config.base, device, dtype)
+        own = config.adapter and not config.builtin and not config.eval_data
+        if own and "ignore_fields" not in saved.get("asked", {}).get("settings", {}):
+            print("this run held out other rows than are drawn today: some that are scored may have been trained on")
         (suite, tokenizer), start = load_data(config, train=False), time.perf_counter()
         scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
-        results = {"method": name, "base": config.base, "adapter": config.adapter, "eval_split": config.eval_split,
-                   **data.summary(suite, scores, scores), "seconds": time.perf_counter() - start,
+        results = {"method": saved.get("method", "base"), "base": config.base, "adapter": config.adapter,
+                   "eval_split": config.eval_split,
+                   **summary(suite, scores, scores), "seconds": time.perf_counter() - start,
                    "peak_memory_bytes": peak_memory(model.device)}
-        data.print_table(results)
+        print_table(results)
         folder = RunFolder(out, config.overwrite)
         write_json(folder.path / "results.json", results)
-        write_json(folder.path / "config.json", {"method": name, "asked": asked, **provenance(argv)})
+        write_json(folder.path / "config.json", {"method": results["method"], "asked": asked, **provenance(argv)})
         folder.take_place()
+        print(f"results in {out}")
         return results
 
 
@@ -528,15 +551,6 @@ def identity(config, method_config, device, dtype):
             "base": hashes(sorted([*weights, *map(str, base.glob("*.json"))]), base),
             "data": {file: digest(file) for file in files_of(config) if Path(file).is_file()},
             "code": hashes(source, HERE)}
-
-
-def show_finished(out, quiet=False):
-    """The results of a finished run, with their table."""
-    results = read_json(out / "results.json")
-    if not quiet:
-        data.print_table(results)
-        print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
-    return results
 
 
 # Fields that the first build's run folders have and today's settings do not. The method's rate and steps stood in both.

@@ -224,4 +224,4 @@ def load(tasks="all", split="test", limit=0, replay=0.0):
     scored = [t for t in TASKS if t in trained or t in GENERAL]
     return Suite(trained, train, {t: generate(t, split)[: limit or None] for t in scored},
                  {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
-                 dict.fromkeys(scored, exact))
+                 dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])

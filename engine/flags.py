@@ -73,7 +73,8 @@ def add_flags(group, defaults, skip=()):
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is list:
-            options.update(nargs="+", metavar="FILE", help=f"{text} ({' '.join(default) or 'none'})")
+            options.update(nargs="+", metavar=name.rsplit("_")[-1].rstrip("s").upper(),
+                           help=f"{text} ({' '.join(default) or 'none'})")
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:

@@ -27,7 +27,7 @@ except ImportError:  # Windows, where runs are not locked
     fcntl = None
 
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "adapter.safetensors", "results.json",
-             "search.json", "wise.json")
+             "search.json", "wise.json", "samples.json", "best.safetensors", "plot.png")
 
 
 def open_folder(out, asked, overwrite):

@@ -40,6 +40,7 @@ import train
 from base import suite as builtin
 from engine.flags import Parser, command_line
 from engine.folder import difference, provenance
+from engine.progress import clock
 from model import LINEARS, Llama, UserError, read_json, write_json, written
 from reproduce import wise
 from reproduce.gates import gates_by_task
@@ -230,7 +231,7 @@ def work(plan, args, title, may_fail=False):
             took.append(results[run]["seconds"])
             scores = "" if run.wise else "{speciality:>6.1f} /{versatility:>5.1f}".format(**results[run])
             print(f"  {run.folder:<42}{scores:<13}  {took[-1]:>4.0f} s   {len(left) - count} left, ETA "
-                  f"{train.clock(statistics.median(took) * (len(left) - count) / args.jobs)}", flush=True)
+                  f"{clock(statistics.median(took) * (len(left) - count) / args.jobs)}", flush=True)
     finally:  # a signal: the runs keep a checkpoint after the step in hand
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():

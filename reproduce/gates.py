@@ -6,11 +6,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import data
 from engine.flags import Parser, command_line
 from model import UserError, count_parameters
+from tools.plot import gates_by_task
 from train import Config, load_data, load_run
 
 
@@ -18,20 +17,6 @@ def table(title, columns, rows):
     print(f"\n{title}\n{'':<14}" + "".join(f"{c:>12}" for c in columns))
     for name, values in rows.items():
         print(f"{name:<14}" + "".join(f"{v:>12.2f}" for v in values))
-
-
-@torch.no_grad()
-def gates_by_task(model, adapter, tests, pad):
-    """{task: mean gates (k,)} over encoded examples. Only embeddings are needed: the router reads nothing else."""
-    means = {}
-    for task, examples in tests.items():
-        total = 0.0
-        for start in range(0, len(examples), 64):
-            batch = data.collate(examples[start : start + 64], pad).to(model.device)
-            adapter.edits.route(model.model.embed_tokens(batch.ids), batch.ctx)
-            total = total + batch.ctx.memory["gates"].sum(0)
-        means[task] = (total / len(examples)).tolist()
-    return means
 
 
 def main():

@@ -27,6 +27,7 @@ import train
 from data import Tokenizer
 from engine.flags import Parser, check, command_line, told
 from model import Llama, LlamaConfig
+from tests.test_forms import FORMS
 
 HERE = Path(__file__).resolve().parent
 MAY_BE_ACCEPTED = {
@@ -113,7 +114,8 @@ def prepare(folder):
             "chat.jsonl": [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": str(i)}]}
                            for i in range(30)],
             "boolq.jsonl": [{"passage": "p", "question": "q", "label": i % 2 == 0} for i in range(30)],
-            "gsm8k.jsonl": [{"question": "q", "answer": f"so\n#### {i}"} for i in range(30)]}
+            "gsm8k.jsonl": [{"question": "q", "answer": f"so\n#### {i}"} for i in range(30)],
+            **{f"form{n}.json{'l' * (n % 2)}": [record] * 6 for n, (record, *_) in enumerate(FORMS.values())}}
     for name, records in rows.items():
         text = json.dumps(records) if name.endswith(".json") else "\n".join(map(json.dumps, records))
         (folder / name).write_text(text)
@@ -129,7 +131,9 @@ def config(rng, folder):
 def tokenizer(rng, folder):
     mutated_file(rng, folder / "base" / rng.choice(
         ("tokenizer_config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")))
-    Tokenizer.from_pretrained(folder / "base").encode("What is 1 + 2?")
+    found = Tokenizer.from_pretrained(folder / "base")
+    found.encode("What is 1 + 2?")
+    formats.choose("auto", found, folder / "base")
 
 
 def weights(rng, folder):
@@ -155,10 +159,12 @@ def adapter(rng, folder):
 def data(rng, folder):
     file = rng.choice([f for f in sorted(folder.iterdir()) if f.suffix in (".jsonl", ".json", ".csv")])
     mutated_file(rng, file)
-    skip = rng.random() < 0.5
-    suite = formats.load([str(file)], template=rng.choice(list(formats.TEMPLATES)), skip_bad=skip)
+    skip, tokenizer = rng.random() < 0.5, Tokenizer.from_pretrained(folder / "base")
+    name, _ = formats.choose(rng.choice(("auto", "plain", "alpaca", "zephyr", "llama2")), tokenizer, folder / "base")
+    suite = formats.load([str(file)], template=name, skip_bad=skip, ignore=rng.choice(((), ("label", "history"))))
     assert suite.train and all(e.segments for e in suite.train)
-    train.data.encode_suite(suite, Tokenizer.from_pretrained(folder / "base"), 64)
+    encoded = train.data.encode_suite(suite, tokenizer, 64)
+    assert all(sum(i == 2 for i in e.ids) <= 16 for e in encoded.train), "text became a special token"
 
 
 def flags(rng, folder):

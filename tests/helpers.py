@@ -32,9 +32,10 @@ REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them 
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
 TINY = REAL / "tinystories-656k"
 SOURCES = ("csreft.py", "multilora.py", "cofitune.py", "model.py", "data.py", "train.py", "engine", "formats", "base")
-QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--log-every", "3")
+QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--log-every", "3",
+         "--samples", "0")
 SEARCH = ("--method", "cofitune", "--tasks", "currency", "--steps", "3", "--search-steps", "2", "--batch-size", "4",
-          "--eval-limit", "2", "--importance-batches", "2")
+          "--eval-limit", "2", "--importance-batches", "2", "--samples", "0")
 
 # ---------------------------------------------------------------------------------------------- programs
 

@@ -70,11 +70,8 @@ def test_prompt_templates_are_the_published_ones():
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nSay {x}.\n\n### Response:\n")
     assert "".join(text for text, _ in turns.texts()) == (
-        "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A <s>[INST] R [/INST] B ")
-    assert opening("llama3", "Q", system="S") == (
-        "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>" + opening("llama3", "Q"))
-    assert opening("llama3", "Q") == ("<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
-                                      "<|start_header_id|>assistant<|end_header_id|>\n\n")
+        "<bos>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A <bos>[INST] R [/INST] B ")  # others: see test_templates.py
+    assert turns.end == "<eos>"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -123,28 +120,45 @@ def test_one_odd_row_does_not_change_a_files_format(tmp_path):
             read_files([str(file)])
 
 
-def test_what_is_held_out_is_never_trained_on(tmp_path):
+def test_what_is_held_out_is_never_trained_on(tmp_path, capsys):
     """By a second reading of the file: row i holds the number i."""
-    big = written(tmp_path / "big.jsonl", [{"prompt": f"q{i}", "completion": str(i)} for i in range(100)])
-    small = written(tmp_path / "small.jsonl", [{"prompt": f"q{i}", "completion": str(i)} for i in range(30)])
+    pairs = lambda name, count: written(tmp_path / name, [{"prompt": name + str(i), "completion": str(i)}
+                                                          for i in range(count)])
+    big, small = pairs("big.jsonl", 400), pairs("small.jsonl", 30)
     other = written(tmp_path / "other.jsonl", [{"prompt": f"o{i}", "completion": str(i)} for i in range(9)])
     numbers = lambda examples, task: [int(e.texts()[1][0]) for e in examples if e.task == task]
     suite = formats.load([str(big), f"tiny={small}"], general_files=[str(other)])
-    left = [i for i in range(100) if i % 20 != 19]
-    trained = [i for i in left if i not in left[9::20]]
-    assert numbers(suite.tests["big"], "big") == [19, 39, 59, 79, 99] and numbers(suite.tests["tiny"], "tiny") == [19]
-    assert numbers(suite.tests["other"], "other") == [1, 3, 5, 7] and suite.group == {
-        "big": "new", "tiny": "new", "other": "general"}
+    test, trained = numbers(suite.tests["big"], "big"), numbers(suite.train, "big")
     choosing = formats.load([str(big), f"tiny={small}"], general_files=[str(other)], split="validation")
-    assert numbers(choosing.tests["big"], "big") == left[9::20]
-    assert numbers(choosing.train, "big") == numbers(suite.train, "big") == trained and len(trained) == 90
-    assert numbers(choosing.tests["other"], "other") == [0, 2, 4, 6, 8]
+    validation = numbers(choosing.tests["big"], "big")
+    assert (len(test), len(validation), len(trained)) == (20, 19, 361) and trained == sorted(trained)
+    assert sorted(test + validation + trained) == list(range(400)) and numbers(choosing.train, "big") == trained
+    for part in (test, validation, test[:8]):  # from all over the file, and in no order, so that --eval-limit is too
+        assert min(part) < 100 and max(part) > 300 and part != sorted(part) and len({i % 20 for i in part}) > 4
+    assert numbers(formats.load([str(big)], limit=8).tests["big"], "big") == test[:8]
+    assert len(numbers(suite.tests["tiny"], "tiny")) == 1 and suite.group == {
+        "big": "new", "tiny": "new", "other": "general"}
+    general = [numbers(part.tests["other"], "other") for part in (suite, choosing)]
+    assert (len(general[0]), len(general[1]), sorted(general[0] + general[1])) == (4, 5, list(range(9)))
+    assert "same as rows trained on" not in capsys.readouterr().out
+
     apart = formats.load([str(big)], [str(other)])
-    assert numbers(apart.tests["other"], "other") == list(range(9))
-    assert numbers(apart.train, "big") == [i for i in range(100) if i % 20 != 9]
+    assert numbers(apart.tests["other"], "other") == list(range(9)) and len(numbers(apart.train, "big")) == 380
+    few = formats.load([str(big)], [str(big)], limit=40).tests["big"]
+    assert len(few) == 40 and max(numbers(few, "big")) > 300
+    assert "of the 40 rows that are scored are the same as rows trained on" in capsys.readouterr().out
     equal = formats.load([str(big), str(small)], mix="equal")
-    assert len(numbers(equal.train, "big")) == len(numbers(equal.train, "small")) == 90
-    assert set(numbers(equal.train, "small")) == {i for i in range(30) if i not in (9, 19)}
+    assert len(numbers(equal.train, "big")) == len(numbers(equal.train, "small")) == 361
+    assert len(set(numbers(equal.train, "small"))) == 28
+
+
+def test_solved_examples_keep_all_that_their_rows_say(tmp_path):
+    rows = [{"instruction": f"q{i}", "input": f"i{i}", "output": f"a{i}", "system": "s",
+             "history": [["h", "b"]]} for i in range(3)]
+    file = str(written(tmp_path / "a.jsonl", rows))
+    row = formats.load([file], [file], shot_files=[file], shots=2).tests["a"][2]
+    assert "".join(text for text, _ in row.texts()) == (
+        "s\n\ns\n\nh b\nq0\n\ni0 a0\n\ns\n\nh b\nq1\n\ni1 a1\n\nh b\nq2\n\ni2 a2")
 
 
 @pytest.mark.parametrize("rows, split", [(1, "test"), (1, "validation"), (2, "validation")])

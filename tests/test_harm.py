@@ -190,7 +190,7 @@ def test_whichever_write_of_a_comparison_fails_the_old_figures_or_the_new_are_wh
             compare.store(args, "quick", {"new": 1})
         after = content(tmp_path)
         assert sorted(after) == sorted(before) and after["compare.csv"] == before["compare.csv"]
-        assert compare.load(args)["quick"] == ({"old": 1} if n == 1 else {"new": 1})
+        assert compare.load(tmp_path / "compare.json")["quick"] == ({"old": 1} if n == 1 else {"new": 1})
 
 
 @pytest.mark.slow

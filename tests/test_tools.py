@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -62,6 +63,39 @@ def test_a_conversation_goes_on_with_what_was_said(monkeypatch):
     assert "tokens/s" not in here("-m", "tools.chat", "base").stdout
 
 
+@pytest.mark.slow
+def test_base_switches_the_adapter_off_and_on_in_a_conversation(runs, monkeypatch):
+    out = runs("--method", "csreft", *QUICK)
+    asked = "Name the tool of Zegen."
+    alone = [here("-m", "tools.chat", "base", asked, *more).stdout.split("\n[")[0]
+             for more in (("--adapter", out), ())]
+    for lines, wanted in (([asked], alone[:1]), (["/base", asked], ["[the base]", alone[1]]),
+                          (["/base", "/base", asked], ["[the base]", "[with the adapter]", alone[0]])):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, ""])))
+        said = here("-m", "tools.chat", "base", "--adapter", out).stdout.replace("> ", "")
+        assert re.sub(r"\n\[\d+ prompt tokens.*", "", said).strip() == "\n".join(wanted), lines
+
+
+# ---------------------------------------------------------------------------------------------- plot
+
+
+@pytest.mark.slow
+def test_runs_are_drawn_and_matplotlib_is_asked_for_in_one_line(runs, tmp_path, monkeypatch):
+    folders = [runs("--method", method, *QUICK) for method in ("multilora", "csreft")]
+    png = tmp_path / "a.png"
+    assert "expected results.json" in one_line_error("-m", "tools.plot", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert "pip install matplotlib" in one_line_error("-m", "tools.plot", *folders, "--png", png)
+    assert not png.exists()
+    pytest.importorskip("matplotlib")
+    assert "4 panels" in here("-m", "tools.plot", *folders, "--png", png).stdout
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
+    here("-m", "tools.plot", folders[0])
+    assert (folders[0] / "plot.png").exists()
+    (folders[0] / "plot.png").unlink()
+
+
 def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
     orders = [{"instruction": "What is 21 + 34?", "dataset": "sums"}, {"instruction": "Reverse:", "input": "a b c"},
               {"instruction": "a b " * 700}]
@@ -80,7 +114,7 @@ def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
     assert "is there already" in one_line_error(*args)
     written(file, [{"instruction": "fine"}, {"prompt": "none"}])
     message = one_line_error(*args[:-3], tmp_path / "other.json")
-    assert f"{file}:2: no field instruction" in message and not (tmp_path / "other.json").exists()
+    assert f"{file}:2: no field 'instruction'" in message and not (tmp_path / "other.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -156,6 +190,12 @@ def test_show_tells_what_is_said_and_brackets_what_is_trained_on(tmp_path):
     wanted = [tokenizer.fast.decode([i]) for i in tokenizer.encode(" yes", start=False)]
     line = next(line for line in text.splitlines() if line.strip().startswith("<s>"))
     assert re.findall(r"\[(.*?)\]", line) == [*wanted, "</s>"]
+
+
+def test_show_spells_characters_of_several_tokens(tmp_path):
+    file = written(tmp_path / "a.jsonl", [{"prompt": "北京?", "completion": "é是"}])
+    text = here("-m", "tools.show", file, "--template", "plain").stdout
+    assert "北+3 京+3 ?" in text and "[é+2] [是+3] [</s>]" in text and "\ufffd" not in text
 
 
 @pytest.mark.slow

@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import cofitune
+import data
 import model
 import train
 from engine import flags
+from engine.checkpoint import Best
+from engine.folder import RunFolder
 from model import Llama, UserError
 from tests.helpers import BASE, FIXTURES, HERE, QUICK, SEARCH, cli, here, json_lines, one_line_error, start
 
@@ -205,6 +208,67 @@ def test_a_run_leaves_what_it_promises(runs):
     assert load_file(out / "adapter.safetensors")
     ids = torch.tensor([[1, 5, 9]])
     assert not torch.equal(train.load_run(out)[0](ids), Llama.from_pretrained(BASE)(ids))
+
+
+@pytest.mark.slow
+def test_the_lowest_loss_on_validation_rows_is_kept_and_samples_are_told(runs):
+    """By a second scoring of what the run has saved."""
+    out = runs("--method", "lora", *QUICK, "--eval-every", "3", "--keep-best", "--lr", "0.1", "--samples", "3")
+    looks = {r["step"]: r["validation_loss"] for r in json_lines(out / "metrics.jsonl") if "validation_loss" in r}
+    assert list(looks) == [3, 6, 9, 12] and not (out / "best.safetensors").exists()
+    best = min(looks, key=looks.get)
+    printed = (out.parent / "printed.txt").read_text()
+    assert f"lowest loss on validation rows, {looks[best]:.4f}" in printed
+    assert f"  validation {looks[12]:.4f}  lr" in printed
+    model, _, _, saved = train.load_run(out)
+    config = replace(train.Config(**saved["settings"]), base=str(BASE))
+    suite, tokenizer = train.load_data(config, train=False)
+    assert {suite.names[e.task] for e in suite.validation} == {"currency", "cipher"} and len(suite.validation) == 10
+    assert data.loss(model, suite.validation, tokenizer, 48, 0)["loss"] == pytest.approx(looks[best], abs=1e-5)
+
+    told = json.loads((out / "samples.json").read_text())
+    kinds = [train.builtin.TASKS[sample["task"]][0] for sample in told]
+    assert kinds == sorted(kinds, key=kinds.index) and {kinds.count(kind) for kind in kinds} == {3}
+    base = Llama.from_pretrained(BASE)
+    for sample in told:
+        for when, who in (("before", base), ("after", model)):
+            row = who.generate([tokenizer.encode(sample["prompt"])], 48, tokenizer.stop_ids)[0]
+            assert tokenizer.decode(row).strip() == sample[when]
+    assert any(sample["before"] != sample["after"] for sample in told)
+    assert "### Inst" not in printed and f"  {told[0]['task']}: " in printed
+
+
+def test_what_had_the_lowest_loss_comes_back_after_a_break_too(tmp_path):
+    losses, said = {2: 5.0, 4: 3.0, 6: 4.0, 7: 3.5}, []
+    adapter = model.Adapter(torch.nn.Linear(1, 1, bias=False))
+
+    def looks(done):
+        return Best(RunFolder(tmp_path), adapter, lambda: losses[adapter.step], said.append, 2, True, done)
+
+    for stopped in (7, 5, 3):  # a run that ends, then ones that go on from behind and from before the best step
+        best = looks(0)
+        for step in [*range(1, stopped + 1), None, *range(stopped // 2 * 2 + 1, 8)]:
+            if step is None:
+                best = looks(done=stopped // 2 * 2)
+                continue
+            adapter.step = step
+            adapter.model.weight.data.fill_(step)
+            best(step, 7)
+        assert [r["step"] for r in said if "validation_loss" in r][-1] == 7
+        best.restore()
+        assert adapter.model.weight.item() == 4 and best.loss == 3.0
+        best.file.unlink()
+
+
+def test_epochs_are_steps_of_the_training_examples(runs):
+    out = runs("--method", "lora", "--tasks", "currency", "--epochs", "0.02", "--batch-size", "8", "--eval-limit", "2",
+               "--samples", "0")
+    assert json.loads((out / "results.json").read_text())["steps"] == 5  # of 2,000 examples
+    assert "2,000 training examples of 1 tasks, 5 steps of 8 = 0.02 epochs" in (out.parent / "printed.txt").read_text()
+    assert json.loads((out / "samples.json").read_text()) == []
+    for args, words in ((["--epochs", "1", "--steps", "3"], "one of --steps and --epochs"),
+                        (["--keep-best"], "--keep-best needs --eval-every"), (["--epochs", "0"], "--epochs is 0")):
+        assert words in one_line_error("train.py", "--method", "lora", *args, "--out", out.parent / "other")
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Talk to a checkpoint, with or without a run's adapter.
 
     python -m tools.chat base "What is 21 + 34?"                        # one answer
-    python -m tools.chat base --adapter out/multilora                   # a conversation; an empty line ends it
+    python -m tools.chat base --adapter out/multilora                   # a conversation; an empty line ends it, /base
+                                                                        # switches the adapter off, and on again
     python -m tools.chat LLAMA --prompts alpaca_eval.json --outputs model_outputs.json --max-new-tokens 512
 """
 
@@ -14,7 +15,7 @@ import torch
 
 from data import Example, Segment, Tokenizer, encode
 from engine.flags import Parser, command_line
-from formats import TEMPLATES, named, read_records
+from formats import TEMPLATES, choose, named, read_records
 from formats.known import text_of
 from model import Llama, UserError, write_json
 from train import load_run, place
@@ -85,8 +86,9 @@ def main():
         model, _, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
     else:
         model = Llama.from_pretrained(args.checkpoint, device, dtype)
+    speakers = [model]  # the first one answers
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    template = named(args.template or saved.get("template") or tokenizer.template or "plain")
+    template = named(choose(args.template or saved.get("template", "auto"), tokenizer, args.checkpoint)[0])
     source = torch.Generator(device).manual_seed(args.seed)
     room = model.config.max_position_embeddings - args.max_new_tokens
     if room < 2:
@@ -97,6 +99,7 @@ def main():
         return encode([template.apply(Example("", segments))], tokenizer, [""])[0].ids
 
     def complete(prompts):
+        model = speakers[0]
         with model.autocast():
             return model.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
 
@@ -120,6 +123,12 @@ def main():
     said = []
     with suppress(EOFError):
         while line := input("> ").strip():
+            if line == "/base":
+                if args.adapter and len(speakers) == 1:
+                    speakers.append(Llama.from_pretrained(args.checkpoint, device, dtype))
+                speakers.reverse()
+                print("[with the adapter]" if args.adapter and speakers[0] is model else "[the base]")
+                continue
             said.append(Segment(line, "user"))
             said.append(Segment(answer(said), "assistant", trained=True))
 

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import torch
 
+from data import Tokenizer
 from engine.checkpoint import save_tensors
 from engine.flags import Parser, command_line
 from engine.folder import beside, locked
-from model import UserError, open_tensors, tensor_files, write_json, written
+from formats import choose, named
+from model import UserError, open_tensors, read_json, tensor_files, write_json, written
 from train import load_run
 
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "chat_template.jinja", "chat_template.json")
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 def save_merged(run, base, out):
-    """A plain checkpoint with the adapter folded in, in the base's dtype, tokenizer files beside it."""
+    """A plain checkpoint with the adapter folded in, in the base's dtype, tokenizer files beside it. transformers
+    chats with it in the template that the run was trained with, and stops where an answer ends."""
     model, adapter, _, saved = load_run(run, base=base)
     checkpoint = Path(base or saved["settings"]["base"])
     adapter.merge()
@@ -32,7 +34,13 @@ def save_merged(run, base, out):
         if (checkpoint / file).exists():
             with written(out / file) as part:
                 shutil.copyfile(checkpoint / file, part)
-    return f"a plain checkpoint, {str(dtype).removeprefix('torch.')}"
+    tokenizer = Tokenizer.from_pretrained(checkpoint)
+    name, _ = choose(saved.get("template", "auto"), tokenizer, checkpoint)
+    for file, changes in (("tokenizer_config.json", {"template": name, "chat_template": named(name).jinja(tokenizer)}),
+                          ("generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})):
+        write_json(out / file, {**(read_json(out / file) if (out / file).exists() else {}), **changes})
+    return (f"a plain checkpoint, {str(dtype).removeprefix('torch.')}; its chat template is {name}, which it was "
+            "trained with")
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from model import Adapter, Llama, LlamaConfig, UserError, write_json
 from train import Config, learn, place
 
 FLAGS = ("steps", "batch_size", "lr", "weight_decay", "seed", "device", "dtype", "eval_limit", "out", "overwrite")
-DEFAULTS = Config(steps=3600, batch_size=96, lr=2e-3, weight_decay=0.1, out="base")
+DEFAULTS = Config(steps=3600, batch_size=96, lr=2e-3, weight_decay=0.1, samples=0, out="base")
 
 
 def train_tokenizer(examples, size=512):

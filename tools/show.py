@@ -2,12 +2,15 @@
 
     python -m tools.show                                    # the built-in suite
     python -m tools.show BoolQ/val.jsonl gsm8k/train.jsonl  # any file that train.py --data takes
+    python -m tools.show --formats                          # what records of such files may hold
 """
+
+from pathlib import Path
 
 from base import suite
 from data import Tokenizer, encode
 from engine.flags import Parser, command_line
-from formats import FORMATS, TEMPLATES, named, read_files
+from formats import FORMATS, SCORED, TEMPLATES, choose, named, read_files
 
 
 def as_text(example):
@@ -18,9 +21,17 @@ def as_text(example):
 
 
 def as_tokens(encoded, tokenizer):
-    """One example, token by token: tokens in brackets are trained on."""
-    pieces = [repr(tokenizer.fast.decode([i], skip_special_tokens=False))[1:-1] for i in encoded.ids]
-    return " ".join(f"[{piece}]" if label != -100 else piece for piece, label in zip(pieces, encoded.labels))
+    """One example, token by token: tokens in brackets are trained on. Tokens that are parts of one character stand
+    together, with "+" and their number."""
+    pieces, part = [], []
+    for i, label in zip(encoded.ids, encoded.labels):
+        part.append(i)
+        text = tokenizer.fast.decode(part, skip_special_tokens=False)
+        if "\ufffd" in text and len(part) < 4:  # not a whole character yet
+            continue
+        text = repr(text)[1:-1] + f"+{len(part)}" * (len(part) > 1)
+        pieces, part = [*pieces, f"[{text}]" if label != -100 else text], []
+    return " ".join(pieces)
 
 
 def sizes(encoded):
@@ -30,15 +41,28 @@ def sizes(encoded):
     return f"{sum(tokens) / len(tokens):.1f}", max(tokens), f"{trained / len(tokens):.1f}"
 
 
+def show_formats():
+    """The table of formats, in the order in which they are tried."""
+    print("| format | its records hold | scored by |\n|---|---|---|")
+    for name, kind in FORMATS.items():
+        print(f"| `{name}` | {kind.fields} | {SCORED[kind.score]} |")
+    print("\nFiles are JSON arrays, JSON lines or CSV, in UTF-8 or UTF-16, packed by gzip or not.\nTemplates: "
+          + ", ".join(f"`{name}`" for name in TEMPLATES))
+
+
 def show_files(args, tokenizer):
     """Prints a row for each task; returns {task: its first Example}."""
-    template, shown = named(args.template or tokenizer.template or "plain"), {}
-    tasks = read_files(args.files, args.skip_bad_rows)
-    line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}".format
-    print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained"))
+    name, source = choose(args.template, tokenizer, Path(args.base))
+    print(f"template {name}: {source}")
+    template, shown = named(name), {}
+    tasks = read_files(args.files, args.skip_bad_rows, args.ignore_fields)
+    line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}{:>9}".format
+    print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained", f">{args.max_length:,}"))
     for name, (kind, rows) in tasks.items():
         examples = [template.apply(row) for row in rows]
-        print(line(name, kind, FORMATS[kind].score.__name__, len(rows), *sizes(encode(examples, tokenizer, [name]))))
+        encoded = encode(examples, tokenizer, [name])
+        print(line(name, kind, FORMATS[kind].score.__name__, len(rows), *sizes(encoded),
+                   sum(len(e.ids) > args.max_length for e in encoded)))
         shown[name] = examples[0]
     return shown
 
@@ -60,10 +84,15 @@ def show_suite(tokenizer):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", metavar="[NAME=]FILE", help="any file that train.py --data takes")
+    parser.add_argument("--formats", action="store_true", help="list what records may hold")
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
-    parser.add_argument("--template", choices=TEMPLATES, help="prompt template; default: the checkpoint's, else plain")
+    parser.add_argument("--template", choices=("auto", *TEMPLATES), default="auto", help="as in train.py")
     parser.add_argument("--skip-bad-rows", action="store_true", help="count rows that their format does not take")
+    parser.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD", help="as in train.py")
+    parser.add_argument("--max-length", type=int, default=512, help="count examples of more tokens (%(default)s)")
     args = parser.parse_args()
+    if args.formats:
+        return show_formats()
     tokenizer = Tokenizer.from_pretrained(args.base)
     shown = show_files(args, tokenizer) if args.files else show_suite(tokenizer)
     print("\nThe first example of each task: what is said, then token by token; [brackets] mark what is trained on.")

@@ -1,0 +1,50 @@
+"""How far a program has come, for a person and for a file."""
+
+import json
+import sys
+import time
+
+from model import written
+
+
+def progress(items, what, total=None):
+    """The items, one by one; on a terminal a line says how many are done, and when all of `total` will be. It is gone
+    at the end, and not there at all in the first second."""
+    start = shown = time.perf_counter()
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if sys.stdout.isatty() and now - shown > 1:
+            left = f"/{total}  ETA {clock((now - start) / done * (total - done))}" if total and done else ""
+            print(f"\r\033[K{what} {done}{left}", end="", flush=True)
+            shown = now
+        yield item
+    if shown != start:
+        print("\r\033[K", end="", flush=True)
+
+
+class Log:
+    """Writes metrics.jsonl and shows progress: in place on a terminal, one line in ten records elsewhere (none where it
+    is quiet). Records after `step` are cut off: they will be made again."""
+
+    def __init__(self, path, step=0, quiet=False):
+        old = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
+        with written(path) as part:
+            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step))
+        self.file, self.live, self.quiet, self.count = open(path, "a", encoding="utf-8"), sys.stdout.isatty(), quiet, 0
+        self.validation = ""
+
+    def __call__(self, record):
+        print(json.dumps(record), file=self.file, flush=True)
+        if "validation_loss" in record:  # shown with the next line
+            self.validation = "  validation {validation_loss:.4f}".format(**record)
+            return
+        last = record["step"] == record["steps"]
+        self.count += 1
+        if self.live or not self.quiet and (last or self.count % 10 == 1):
+            line = "step {step:>5}/{steps}  loss {loss:.4f}{}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {}"
+            line = line.format(self.validation, clock(record["eta_seconds"]), **record)
+            print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,81 @@
+"""Scores as results.json keeps them, and as a table with intervals."""
+
+import math
+
+from model import read_json
+
+
+def wilson(percent, rows, z=1.96):
+    """(lowest, highest) percentage of the 95 % interval of a percentage of so many rows: Wilson's, which has width at 0
+    and at 100 too (Wilson 1927)."""
+    p, share = percent / 100, z * z / rows
+    middle, half = p + share / 2, z * math.sqrt(p * (1 - p) / rows + share / rows / 4)
+    return tuple(100 * min(1, max(0, (middle + side * half) / (1 + share))) for side in (-1, 1))
+
+
+def mean_interval(scores):
+    """The same of the mean of several (percentage, rows): the distances to each one's ends add up as independent errors
+    do (MOVER, Zou and Donner 2008)."""
+    mean = sum(p for p, _ in scores) / len(scores)
+    ends = [wilson(*score) for score in scores]
+    low, high = (math.sqrt(sum((p - end[side]) ** 2 for (p, _), end in zip(scores, ends))) / len(scores)
+                 for side in (0, 1))
+    return mean - low, mean + high
+
+
+def summary(suite, before, after):
+    """The part of results.json that is about scores. A task's before and after are its main figure's, which is the
+    first; `figures` holds all that it is scored by, `rows` how many examples."""
+    speciality, versatility = suite.means(after)
+    main = lambda figures: next(iter(figures.values()))
+    return {"tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task],
+                             "score": suite.score[task].__name__, "rows": len(suite.tests[task]),
+                             "before": main(before[task]) if before else None, "after": main(after[task]),
+                             "figures": {name: [before[task][name] if before else None, after[task][name]]
+                                         for name in after[task]}}
+                      for task in after},
+            "speciality": speciality, "versatility": versatility,
+            "uni": None if None in (speciality, versatility) else speciality + versatility}
+
+
+def print_table(results):
+    """The figures of each task before and after, one column where nothing was trained, with 95 % intervals, and the
+    group means."""
+    columns = ("before", "after") if "trainable_parameters" in results else ("score",)
+    wide = max(18, *(len(task) + 3 for task in results["tasks"]))
+    cell = lambda value, interval: f" {value:>8} {'{:.1f}-{:.1f}'.format(*interval) if interval else '':<10}"
+
+    def line(name, kind, rows, values, interval=None):
+        """values: one for each column; interval(value), of those that have one."""
+        shown = [cell(v if isinstance(v, str) else f"{v:.1f}", interval and interval(v)) for v in values]
+        print(f"{name:<{wide}}{kind:<15}{rows:>5}" + "".join(shown[-len(columns) :]).rstrip())
+
+    print()
+    line("in % but for loss", results["eval_split"], "rows", columns)
+    for group, title in (("new", "speciality"), ("general", "versatility")):
+        tasks = {task: s for task, s in results["tasks"].items() if s["group"] == group}
+        for task, s in tasks.items():
+            for i, (name, values) in enumerate(s["figures"].items()):
+                kind, name = s["aspect"] if name == "exact match" else name, "" if i else "  " + task
+                if s["score"] == "loss":
+                    line(name, kind, "" if i else s["rows"], [f"{v:.4g}" for v in values])
+                else:
+                    line(name, kind, "" if i else s["rows"], values, lambda v, n=s["rows"]: wilson(v, n))
+        if scored := [s for s in tasks.values() if s["score"] != "loss"]:
+            means = [[(s[when], s["rows"]) for s in scored] for when in ("before", "after")]
+            intervals = {sum(p for p, _ in m) / len(m): mean_interval(m) for m in means}
+            kind = f"mean, {group}" if len(scored) == len(tasks) else f"mean of {len(scored)} in %"
+            line(title, kind, sum(s["rows"] for s in scored), [sum(p for p, _ in m) / len(m) for m in means],
+                 intervals.get)
+    if results["uni"] is not None:
+        line("Uni", "their sum", "", ["", results["uni"]])
+    print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
+
+
+def show_finished(out, quiet=False):
+    """The results of a finished run, with their table."""
+    results = read_json(out / "results.json")
+    if not quiet:
+        print_table(results)
+        print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
+    return results
