@@ -581,7 +581,7 @@ def written(path):
             os.fsync(file.fileno())
         part.replace(path)
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
+        raise OSError(f"{path} cannot be written: {str(error).removeprefix('Error while serializing: ')}") from None
     finally:
         part.unlink(missing_ok=True)
 

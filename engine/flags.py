@@ -24,9 +24,10 @@ def program():
 
 
 def fail(message, prog=None):
-    """Ends the program with exit code 2 and one line of at most 300 characters."""
+    """Ends the program with exit code 2 and one line of at most 300 characters: what is wrong comes first in a message,
+    and what to do last."""
     text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
-    print(text if len(text) <= 300 else text[:297] + "...", file=sys.stderr)
+    print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
     sys.exit(2)
 
 
