@@ -122,6 +122,9 @@ def command_line(main):
     def stop(number, frame):
         raise Stopped(number)
 
+    for stream in (sys.stdin, sys.stdout):  # a name or an answer may hold what the terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:

@@ -81,6 +81,8 @@ def main():
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed is {args.seed!r:.80}, expected from 0 to 9e18")
 
+    text_of({"prompt": args.prompt or ""}, "prompt", empty=True)
+
     saved, (device, dtype) = {}, place(args)
     if args.adapter:
         model, _, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
