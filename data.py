@@ -150,12 +150,15 @@ class Tokenizer:
                              f"{size} of config.json: the tokenizer belongs to another model")
 
         def token_id(kind):
-            token = settings.get(f"{kind}_token")
+            token = settings.get(f"{kind}_token", "")
             token = token.get("content") if isinstance(token, dict) else token
             try:
-                return fast.token_to_id(token) if token else None
+                found = fast.token_to_id(token)
             except (TypeError, UnicodeEncodeError):  # no text, or half of a surrogate pair
                 raise UserError(f"{path}: {kind}_token is {token!r:.80}, expected text") from None
+            if token and found is None and kind != "pad":  # EOS serves, and nothing looks at padding
+                raise UserError(f"{path}: {kind}_token {token!r:.80} is not in the vocabulary of tokenizer.json")
+            return found
 
         stop = settings.get("eos_token_id", [])
         stop = stop if isinstance(stop, list) else [stop]
