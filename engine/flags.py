@@ -91,6 +91,7 @@ def check(settings):
         if interval is None or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
+        high = 1e9 if isinstance(value, int) and high == float("inf") else high  # no more fits torch's own integers
         if not (low < value < high or interval[0] == "[" and value == low or interval[-1] == "]" and value == high):
             least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
             most = "" if high == float("inf") else f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}"
@@ -108,8 +109,8 @@ class Stopped(KeyboardInterrupt):
 def told(error):
     """What a user is told of a UserError, an error of the operating system, or too little memory, of the host or of a
     device. Raises anything else again: it is a bug."""
-    if not isinstance(error, UserError) and (  # torch says it in a RuntimeError, in either way
-            isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error))):
+    short = "(out of|allocate) memory|size calculation overflowed"  # a RuntimeError of torch
+    if not isinstance(error, UserError) and (isinstance(error, MemoryError) or re.search(short, str(error))):
         return f"not enough memory: {(str(error).splitlines() or [''])[0]:.120}"
     if isinstance(error, (UserError, OSError)):
         return str(error)

@@ -42,8 +42,8 @@ def test_a_wrong_value_in_config_json_is_named(tmp_path, key, value):
 RUNS = [("steps", "ten"), ("steps", -1), ("steps", True), ("lr", "fast"), ("lr", 0), ("data", "builtin"), ("data", [1]),
         ("tasks", 7), ("template", "chatty"), ("seed", 1.5), ("eval_limit", None), ("skip_bad_rows", 1),
         ("max_length", 1), ("colour", "red"), ("mix", ["equal"])]
-METHODS = [("rank", 0), ("rank", "4"), ("modules", 1.5), ("scaling", "matrix"), ("dropout", 1.0), ("dropout", "no"),
-           ("targets", ["q_proj"]), ("alpha", float("nan")), ("alpha", True), ("shape", 3)]
+METHODS = [("rank", 0), ("rank", 2**63), ("rank", "4"), ("modules", 1.5), ("scaling", "matrix"), ("dropout", 1.0),
+           ("dropout", "no"), ("targets", ["q_proj"]), ("alpha", float("nan")), ("alpha", True), ("shape", 3)]
 
 
 @pytest.mark.parametrize("part, key, value", [*(("settings", *case) for case in RUNS),
@@ -120,7 +120,8 @@ def test_pipes_and_devices_are_not_read(tmp_path):
     ["--dtype", "int8"], ["--tasks", "currency,,tool"], ["--tasks", "x" * 5000], ["--" + "x" * 5000],
     ["--targets", "a\nb"], ["--base", ""], ["--base", "/dev/null"], ["--rank", "2.5"], ["--dropout", "1"],
     ["--alpha", "0"], ["--train", "s", "--scaling", "none"], ["extra"], ["--eval-only"], ["--adapter", "x"],
-    ["--data"]], ids=lambda args: " ".join(args)[:30])
+    ["--data"], ["--rank", "9" * 19], ["--modules", "1" * 30], ["--rank", "1000000000", "--modules", "1000000000"],
+    ["--steps", "9" * 20]], ids=lambda args: " ".join(args)[:30])
 def test_a_wrong_flag_is_one_line(tmp_path, args):
     message = one_line_error("train.py", "--method", "multilora", *args, "--out", tmp_path / "run")
     assert len(message) <= 300 and not (tmp_path / "run").exists()
