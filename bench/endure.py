@@ -18,7 +18,7 @@ from model import UserError
 
 COMMON = "--tasks currency --steps 60 --batch-size 8 --eval-limit 6 --log-every 3 --save-every 2"
 COMMANDS = {"multilora": f"--method multilora --dropout 0.2 {COMMON}", "csreft": f"--method csreft {COMMON}",
-            "cofitune": f"--method cofitune --importance-batches 2 --search-steps 20 {COMMON}"}
+            "cofitune": f"--method cofitune --importance-batches 2 --search-steps 6 {COMMON} --steps 20"}
 TIMES = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_bytes")
 
 
