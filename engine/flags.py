@@ -91,7 +91,8 @@ def check(settings):
         if interval is None or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
-        high = 1e9 if isinstance(value, int) and high == float("inf") else high  # no more fits torch's own integers
+        if isinstance(value, int) and value >= 2**53 and high == float("inf"):  # more than any size may be
+            high = 2.0**53
         if not (low < value < high or interval[0] == "[" and value == low or interval[-1] == "]" and value == high):
             least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
             most = "" if high == float("inf") else f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}"
