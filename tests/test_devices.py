@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
+from operator import sub
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from engine import devices
 from engine.checkpoint import save_tensors
-from tests.helpers import BASE, cli, json_lines, start, written
+from model import Llama, LlamaConfig
+from reproduce.count import Machines, demands
+from tests.helpers import BASE, cli, json_lines, settled, start, written
 from tests.several import trained
 
 SIX = {"multilora": {}, "lora": {}, "csreft": {"sparsity": 0.1}, "loreft": {}, "cofitune": {}, "sft": {}}
@@ -165,6 +169,37 @@ def test_a_stopped_run_goes_on_with_another_number(tmp_path, undisturbed, victim
     assert len(re.findall("train.py: stopped after step", err)) == 1, err
     done(torchrun(then, *command))
     assert difference(undisturbed, out) < 1e-9
+
+
+@pytest.mark.slow
+def test_memory_of_split_weights_and_of_all_is_as_counted(tmp_path, monkeypatch):
+    """Peaks of whole runs, loading included, less what a run on the small base needs beyond its own count."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**18))  # freed memory goes back, as it does with --shard
+    big = tmp_path / "big"
+    model = Llama(LlamaConfig(512, 512, 1792, 16, 8))
+    model.init_weights(0)
+    model.save_pretrained(big)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, big)
+    text = written(tmp_path / "text.jsonl", [{"text": "1 2 3 4 " * 100}] * 40)
+    method, config = settled("sft")
+
+    def peak(base, count):
+        out = tmp_path / f"{base.name}{count}"
+        args = ("train.py", "--method", "sft", "--base", base, "--data", text, "--max-length", "100", "--batch-size",
+                "2", "--grad-accum", "2", "--steps", "2", "--eval-limit", "1", "--save-every", "0", "--out", out)
+        cli(*args) if count == 1 else done(torchrun(count, *args, "--shard"))
+        measured = json.loads((out / "results.json").read_text())["peak_memory_bytes"]
+        machines = Machines(count, count > 1, batch_size=2, length=100, dtype="float32")
+        *steady, saved, _ = demands(LlamaConfig.from_pretrained(base), method, config, machines)[0].values()
+        return measured, sum(steady) + saved
+
+    found = {}
+    for count in (1, 2):
+        overhead, (measured, counted) = sub(*peak(BASE, count)), peak(big, count)
+        found[count] = measured - overhead
+        assert found[count] == pytest.approx(counted, rel=0.2)
+    assert found[2] < 0.7 * found[1]  # two of 16 layers are whole for a while
 
 
 @pytest.mark.slow
