@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
-from engine.progress import progress
+from engine import devices
 from model import Context, UserError, labelled_positions, read_json, write_json, written
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -373,11 +373,8 @@ def micro_batches(group, size, device):
 def answer_scores(model, examples, pad, batch_size):
     """For each encoded example (sum of log-probabilities, their number, whether each was the arg-max) of its labels.
     Raises UserError where one is NaN or infinite."""
-    found, order = [None] * len(examples), sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    starts = range(0, len(order), batch_size)
-    for start in progress(starts, "scoring, batch", len(starts)):
-        part = order[start : start + batch_size]
-        batch = collate([examples[i] for i in part], pad).to(model.device)
+    def scores(part):
+        batch = collate(part, pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, batch.ctx)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         rows = batch.ctx.labelled // batch.ids.shape[1]
@@ -385,12 +382,22 @@ def answer_scores(model, examples, pad, batch_size):
                    (logits.argmax(-1) != targets).long())
         chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype, device=c.device).index_add_(0, rows, c).tolist()
                                   for c in columns)
-        for i, *values in zip(part, chances, counts, wrong):
-            if not math.isfinite(values[0]):
-                raise UserError(f"an answer's log-probability is {values[0]} (example {examples[i].source[-24:]}): "
-                                "the model's numbers overflow; try --dtype float32, or a lower --lr")
-            found[i] = values[0], values[1], values[2] == 0
-    return found
+        for e, chance in zip(part, chances):
+            if not math.isfinite(chance):
+                raise UserError(f"an answer's log-probability is {chance} (example {e.source[-24:]}): the model's "
+                                "numbers overflow; try --dtype float32, or a lower --lr")
+        return [(chance, number, misses == 0) for chance, number, misses in zip(chances, counts, wrong)]
+
+    return in_batches(scores, examples, batch_size, lambda e: len(e.ids), "scoring, batch")
+
+
+def in_batches(function, examples, size, key, what):
+    """[result for each example] of a function of batches: examples that are near by the key are in one, and the batches
+    are dealt out to the processes. what: as in engine.progress."""
+    order = sorted(range(len(examples)), key=lambda i: key(examples[i]))
+    batches = [[examples[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    results = dict(zip(order, chain.from_iterable(devices.every(function, batches, what))))
+    return [results[i] for i in range(len(examples))]
 
 
 def percent(hits):

@@ -408,8 +408,9 @@ class Llama(nn.Module):
     def from_pretrained(cls, path, device="cpu", dtype=torch.float32):
         """Loads a Hugging Face folder (`config.json`, and `model.safetensors` or shards with an index).
 
-        Every tensor goes from the file straight to `device` and `dtype`; the peak extra memory is one tensor. One that
-        is already right stays mapped: its pages are read when first used, and changing them leaves the file unchanged.
+        Every tensor goes from the file straight to `device` and `dtype` (None: as it is stored); the peak extra memory
+        is one tensor. One that is already right stays mapped: its pages are read when first used, and changing them
+        leaves the file unchanged.
         Raises UserError, naming file, tensor and what was expected, for anything missing, misshapen or left over.
         """
         path, state, config = Path(path), {}, LlamaConfig.from_pretrained(path)
@@ -480,10 +481,11 @@ class Llama(nn.Module):
     # ------------------------------------------------------------------------------------------ generation
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None):
+    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None, finished=torch.all):
         """Continues a batch of prompts of any lengths with a key-value cache.
 
         prompts: lists of token ids. stop: the token ids that end a row (not returned). temperature 0 is greedy.
+        finished: whether to end, from a bool for each row that says whether it has met a stop.
         Returns one list of new token ids for each prompt, the same as for that prompt alone.
         """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -510,7 +512,7 @@ class Llama(nn.Module):
                 token = logits.argmax(-1)
             found.append(token)
             ended |= torch.isin(token, ends)
-            if step == max_new_tokens - 1 or step % 8 == 7 and bool(ended.all()):  # asking makes the host wait
+            if step == max_new_tokens - 1 or step % 8 == 7 and bool(finished(ended)):  # asking makes the host wait
                 break
             cache.used = T + step + 1
             h = self.model(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]

@@ -27,13 +27,14 @@ import torch
 import data
 import formats
 from base import suite as builtin
+from engine import devices
 from engine.checkpoint import Best, Checkpoint, save_tensors, signals_kept
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from engine.progress import Log
 from engine.table import print_table, show_finished, summary
 from formats import samples
-from model import Llama, LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
+from model import LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
 from model import fits, typed, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -73,7 +74,7 @@ class Config:
     tasks: Annotated[str, "built-in new tasks to learn: all (six), hard (twelve), or names separated by commas"] = "all"
     steps: Annotated[int | None, "optimiser steps", "[1, inf)"] = None
     epochs: Annotated[float | None, "instead of --steps: how often each training example is seen", "(0, inf)"] = None
-    batch_size: Annotated[int | None, "examples in a micro-batch", "[1, inf)"] = None
+    batch_size: Annotated[int | None, "examples in a micro-batch, over all processes", "[1, inf)"] = None
     grad_accum: Annotated[int, "micro-batches in a step; their gradients add up to those of one large batch",
                           "[1, inf)"] = 1
     lr: Annotated[float | None, "peak learning rate", "(0, inf)"] = None
@@ -98,6 +99,8 @@ class Config:
     save_every: Annotated[int, "steps between two checkpoints, 0 for none", "[0, inf)"] = 100
     grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
         False
+    shard: Annotated[bool, "split the base's weights over the processes that torchrun starts (FSDP2): for a model that "
+                           "does not fit on each device"] = False
     eval_only: Annotated[bool, "score a base, or a run with --adapter, and train nothing"] = False
     adapter: Annotated[str | None, "finished run folder to score with --eval-only"] = None
     out: Annotated[str | None, "run folder; default out/METHOD"] = None
@@ -205,6 +208,7 @@ def place(config):
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = devices.own(device)
     try:
         if torch.zeros(1, device=device).device.type not in ("cpu", "cuda", "mps", "xpu"):
             raise RuntimeError("it holds no numbers")
@@ -252,7 +256,7 @@ def start_adapter(model, method, config):
         raise UserError("the method left nothing to train")
     for p in trained:
         if p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
+            torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().float()))  # split ones, too
     return adapter
 
 
@@ -273,44 +277,48 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
     """
     per_step = config.batch_size * config.grad_accum
     draw = lambda: data.draw(examples, per_step, config.seed)
-    batches = lambda group: [data.collate(part, pad).to(model.device)
-                             for part in data.micro_batches(group, config.batch_size, model.device)]
-    with model.autocast():
-        adapter.prepare(map(batches, draw()))
+    parts = lambda group: data.micro_batches(group, config.batch_size, model.device)
+    collate = lambda part: data.collate(part, pad).to(model.device)
+    with model.autocast(), devices.prepared(model):  # each process reads all of the examples: all find the same
+        adapter.prepare([collate(part) for part in parts(group)] for group in draw())
     optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay),
                                   fused=model.device.type in ("cpu", "cuda"))
     peaks = [part["lr"] for part in optimizer.param_groups]
     params = [p for part in optimizer.param_groups for p in part["params"]]
     done, losses, waiting, tokens, seconds = 0, [], [], 0, 0.0
     if keep and "step" in keep.facts:
-        keep.load(adapter, optimizer)
+        with devices.mixed(model):
+            keep.load(adapter, optimizer)
         done, losses, tokens, seconds = (keep.facts[key] for key in ("step", "losses", "tokens", "seconds"))
 
     model.train()
     start = time.perf_counter() - seconds
     with signals_kept() as caught:
         for step, group in zip(range(done + 1, config.steps + 1), islice(draw(), done, None)):
-            torch.manual_seed(random.Random(f"{config.seed} {step}").getrandbits(63))  # dropout's, from here alone
+            torch.manual_seed(devices.seed(config.seed, step))  # dropout's, from here alone
             for part, peak in zip(optimizer.param_groups, peaks):
                 part["lr"] = peak * schedule(step, config)
             labelled = sum(label != -100 for example in group for label in example.labels)
             total = 0.0
-            for batch in batches(group):
-                with model.autocast():
+            for part in parts(group):
+                batch = collate(devices.share(part))
+                with model.autocast(), devices.mixed(model):
                     loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
-                    loss = loss + adapter.penalty(batch.ctx) * (len(batch.ids) / per_step)
+                    loss = loss + devices.weigh(adapter.penalty(batch.ctx), part) * (len(part) / per_step)
                 loss.backward()
                 total = total + loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf)
-            adapter.before_step()
-            optimizer.step()
-            adapter.after_step()
+            total = devices.add_up(params, total)
+            with devices.mixed(model):
+                norm = devices.whole(torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf))
+                adapter.before_step()
+                optimizer.step()
+                adapter.after_step()
             optimizer.zero_grad()
             waiting.append((step, total, norm, group))
             tokens += sum(len(example.ids) for example in group)
             due = config.save_every and (step % config.save_every == 0 or step == config.steps)
             logged = step % config.log_every == 0 or step == config.steps
-            stop = caught[:1]
+            stop = devices.largest(max(caught, default=0))  # a signal, which others may not have got
             if due or logged or stop:  # only here does the host wait for the device
                 losses += [finite_loss(*one, config.lr) for one in waiting]
                 waiting = []
@@ -327,7 +335,7 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
             if keep and (due or stop):
                 keep.save(adapter, optimizer, step=step, losses=losses, tokens=tokens, seconds=seconds)
             if stop:
-                raise Stopped(*stop, f"stopped after step {step} of {config.steps}")
+                raise Stopped(stop, f"stopped after step {step} of {config.steps}")
     model.eval()
 
 
@@ -365,7 +373,7 @@ class Trials:
 
     def __call__(self, name, method_config, shares=(), **settings):
         loaded, file = self.data, self.folder.path / "config.json"
-        if not file.exists():
+        if devices.first() and not file.exists():
             write_json(file, self.note)
         one = replace(self.config, **{"eval_split": "validation", "epochs": None, "eval_every": 0, "keep_best": False,
                                        **settings}, overwrite=False,
@@ -385,14 +393,20 @@ def run(config, method_config=None, argv=(), trial=None):
     method_config, out = method_config or own, Path(config.out or f"out/{config.method}")
     for settings in (config, method_config):
         check(settings)
+    if config.batch_size < devices.count():
+        raise UserError(f"--batch-size {config.batch_size} counts over all processes: {devices.count()} of them need "
+                        "at least as many examples")
     device, dtype = place(config)
     base = LlamaConfig.from_pretrained(config.base)
     refuse_inputs(out, [config.base, *files_of(config)])
-    asked = {**identity(config, method_config, device, dtype), **({"shares": list(trial[1])} if trial else {})}
-    with nullcontext() if trial else locked(out):
-        saved, folder = open_folder(out, asked, config.overwrite), RunFolder(out, config.overwrite)
+    asked = devices.from_first(lambda: identity(config, method_config, device, dtype))
+    asked |= {"shares": list(trial[1])} if trial else {}
+    with nullcontext() if trial or not devices.first() else locked(out):
+        saved, folder = devices.from_first(
+            lambda: (open_folder(out, asked, config.overwrite), RunFolder(out, config.overwrite)))
         if saved and (out / "results.json").exists():
-            (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
+            if devices.first():
+                (out / "checkpoint.safetensors").unlink(missing_ok=True)  # where a kill came between the two
             return show_finished(out, quiet=trial is not None)
         suite, tokenizer = trial[0] if trial else load_data(config)
         if config.epochs:
@@ -405,25 +419,27 @@ def run(config, method_config=None, argv=(), trial=None):
         elif hasattr(method, "plan"):
             method_config = method.plan(method_config, base, Trials(config, argv, folder, note))
         torch.manual_seed(config.seed)
-        model = Llama.from_pretrained(config.base, device, dtype)
+        model = devices.load(config.base, device, dtype, config.shard)
         model.model.checkpointing = config.grad_checkpointing
         adapter = start_adapter(model, method, method_config)
         if config.save_every:  # the trained tensors and two moments of each, beside the ones before
             room_for(out, 2 * 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
-        if "settled" not in saved:
+        if devices.first() and "settled" not in saved:
             write_json(folder.path / "config.json", {**note, "settled": asdict(method_config)})
         keep = Checkpoint(folder)
         goes_on = lambda: (f"{folder.path} holds the first {keep.facts['step']} steps" if "step" in keep.facts else
                            f"{out} is as it was" if folder.path != folder.out else "")
         try:
             results = learn(config, config.method, model, adapter, suite, tokenizer, folder, keep, trial and trial[1])
-            write_json(out / "results.json", results)
+            if devices.first():
+                write_json(out / "results.json", results)
         except Stopped as stopped:
             raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             raise UserError("; ".join(filter(None, (told(error), goes_on())))) from None
         for name in ("checkpoint.safetensors", "best.safetensors", *(["adapter.safetensors"] if trial else [])):
-            (out / name).unlink(missing_ok=True)
+            if devices.first():
+                (out / name).unlink(missing_ok=True)
         return results
 
 
@@ -447,17 +463,18 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
         facts["said"] = said = facts["said"] if done else samples.answer(model, picked, tokenizer)
     rows = replace(suite, tests={"": suite.validation}, score={"": data.loss})
     look = lambda: data.evaluate(model, rows, tokenizer, config.batch_size)[""]["loss"]
-    log = Log(folder.path / "metrics.jsonl", done, trial)
+    log = Log(folder.path / "metrics.jsonl", done, trial) if devices.first() else lambda record: None
     best = Best(folder, adapter, look, log, config.eval_every, config.keep_best, done)
     first = copied()
     train(model, adapter, suite.train, config, tokenizer.pad_id, log, keep, best)
-    best.restore()
+    with devices.mixed(model):
+        best.restore()
     if keep:
         save_tensors(folder.path / "adapter.safetensors", adapter.tensors())
         folder.take_place()
     after, report, last, points = scored(), adapter.report(), copied(), []
     for share in shares or ():
-        with torch.no_grad():
+        with torch.no_grad(), devices.mixed(model):
             adapter.load_tensors({name: torch.lerp(first[name], tensor, share) for name, tensor in last.items()})
         scores = scored() if share != 1 else after
         (speciality, versatility), errors = suite.means(scores), suite.errors(scores)
@@ -470,7 +487,8 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
         "report": report}
     if not trial:
         told = samples.tell(picked, said, samples.answer(model, picked, tokenizer), tokenizer)
-        write_json(folder.path / "samples.json", told)
+        if devices.first():
+            write_json(folder.path / "samples.json", told)
         print_table(results)
     return results
 
@@ -495,18 +513,18 @@ def score_only(config, given=(), argv=()):
             keys -= {"tasks", "eval_split", "eval_limit"}
             own = {**own, "template": saved.get("template", own["template"])}
         config = replace(config, **{key: own[key] for key in keys})
-    asked = identity(config, None, device, dtype)
+    asked = devices.from_first(lambda: identity(config, None, device, dtype))
     if config.adapter:
         asked["adapter"] = digest(Path(config.adapter) / "adapter.safetensors")
     out = Path(config.out or f"out/eval/{name}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
     refuse_inputs(out, [config.base, *files_of(config), *([config.adapter] if config.adapter else [])])
-    with locked(out):
-        if open_folder(out, asked, config.overwrite):
+    with locked(out) if devices.first() else nullcontext():
+        if devices.from_first(lambda: open_folder(out, asked, config.overwrite)):
             return show_finished(out)
         if config.adapter:
-            model, *_ = load_run(config.adapter, device, dtype, config.base)
+            model, *_ = load_run(config.adapter, device, dtype, config.base, config.shard)
         else:
-            model = Llama.from_pretrained(config.base, device, dtype)
+            model = devices.load(config.base, device, dtype, config.shard)
         own = config.adapter and not config.builtin and not config.eval_data
         if own and "ignore_fields" not in saved.get("asked", {}).get("settings", {}):
             print("this run held out other rows than are drawn today: some that are scored may have been trained on")
@@ -517,10 +535,11 @@ def score_only(config, given=(), argv=()):
                    **summary(suite, scores, scores), "seconds": time.perf_counter() - start,
                    "peak_memory_bytes": peak_memory(model.device)}
         print_table(results)
-        folder = RunFolder(out, config.overwrite)
-        write_json(folder.path / "results.json", results)
-        write_json(folder.path / "config.json", {"method": results["method"], "asked": asked, **provenance(argv)})
-        folder.take_place()
+        if devices.first():
+            folder = RunFolder(out, config.overwrite)
+            write_json(folder.path / "results.json", results)
+            write_json(folder.path / "config.json", {"method": results["method"], "asked": asked, **provenance(argv)})
+            folder.take_place()
         print(f"results in {out}")
         return results
 
@@ -528,7 +547,7 @@ def score_only(config, given=(), argv=()):
 # ---------------------------------------------------------------------------------------------- run folders
 
 
-NOT_ASKED = ("out", "overwrite", "save_every", "log_every")  # another value of these is still the same run
+NOT_ASKED = ("out", "overwrite", "save_every", "log_every", "shard")  # another value of these is still the same run
 
 
 def files_of(config):
@@ -600,9 +619,9 @@ def read_run(run_dir):
     return saved
 
 
-def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
+def load_run(run_dir, device="cpu", dtype=torch.float32, base=None, shard=False):
     """(model, adapter, method module, what read_run gives) of a finished run, with the trained tensors in place.
-    base: where its base model lies now; default: where it was.
+    base: where its base model lies now; default: where it was. shard: see devices.load.
 
     Raises UserError as read_run does, and where the base's weights have changed since.
     """
@@ -618,20 +637,22 @@ def load_run(run_dir, device="cpu", dtype=torch.float32, base=None):
     if not same:
         raise UserError(f"{run_dir} was trained on other weights than {base} holds now (SHA-256 differs)")
     method, defaults = method_of(saved["method"])
-    model = Llama.from_pretrained(base, device, dtype)
+    model = devices.load(base, device, dtype, shard)
     adapter = start_adapter(model, method, type(defaults)(**saved["method_settings"]))
-    with open_tensors(Path(run_dir) / "adapter.safetensors") as file:
+    with open_tensors(Path(run_dir) / "adapter.safetensors") as file, devices.mixed(model):
         adapter.load_tensors({name: file.get_tensor(name) for name in file.keys()})
     return model.eval(), adapter, method, saved
 
 
 def main():
     argv = ["train.py", *sys.argv[1:]]
+    devices.join()
     config, method_config, given = parse(argv[1:])
     if config.eval_only:
         score_only(config, given, argv)
     else:
         run(config, method_config, argv)
+    devices.leave()
 
 
 if __name__ == "__main__":

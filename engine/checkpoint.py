@@ -7,12 +7,14 @@ training, and seconds and tokens so far. It needs no random state, since the ran
 """
 
 import json
+import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from safetensors.torch import save_file
+import torch
 
+from engine import devices
 from engine.flags import Stopped
 from model import UserError, finite, open_tensors, written
 
@@ -42,12 +44,12 @@ class Checkpoint:
 
     def load(self, adapter, optimizer):
         """Puts the adapter and the optimiser where the last save found them."""
-        state = {}
+        state, params = {}, [p for part in optimizer.param_groups for p in part["params"]]
         with open_tensors(self.path) as file:
             kept = {name: file.get_tensor(name) for name in file.keys()}
         for name in [name for name in kept if name.startswith("optimizer.")]:
             _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = kept.pop(name)
+            state.setdefault(int(i), {})[key] = devices.like(params[int(i)], kept.pop(name))
         adapter.load_tensors({name.removeprefix("adapter."): tensor for name, tensor in kept.items()})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
@@ -83,14 +85,33 @@ class Best:
             print(f"kept: the step with the lowest loss on validation rows, {self.loss:.4f}")
 
 
+KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
 def save_tensors(path, tensors, metadata=None):
     """{name: tensor} as a safetensors file, which takes its place when it is whole. Raises UserError, and writes
-    nothing, where one is not finite."""
-    for name, tensor in tensors.items():
-        if not finite(tensor):
-            raise UserError(f"{name} holds NaN or infinity and is not saved to {path}: try a lower --lr")
-    with written(path) as part:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, part, {"format": "pt", **(metadata or {})})
+    nothing, where one is not finite.
+
+    Written one by one (safetensors' own function holds all of them in memory): the length of the header, the header,
+    the bytes. A split tensor is put together for as long, by all processes; the first one writes, the others wait.
+    """
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
+    header = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": KINDS[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with written(path) if devices.first() else nullcontext(os.devnull) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            whole = devices.whole(tensors[name])
+            if not finite(whole):
+                raise UserError(f"{name} holds NaN or infinity and is not saved to {path}: try a lower --lr")
+            if devices.first():
+                file.write(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    devices.largest(0)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+from engine import devices
 from model import UserError
 
 
@@ -27,7 +28,8 @@ def fail(message, prog=None):
     """Ends the program with exit code 2 and one line of at most 300 characters: what is wrong comes first in a message,
     and what to do last."""
     text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
-    print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
+    if devices.speaks():
+        print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -108,8 +110,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def told(error):
-    """What a user is told of a UserError, an error of the operating system, or too little memory, of the host or of a
-    device. Raises anything else again: it is a bug."""
+    """What a user is told of a UserError, an error of the operating system, too little memory, of the host or of a
+    device, or another process that has gone. Raises anything else again: it is a bug."""
+    if devices.lost(error):
+        return "another process of this run has ended: the same command continues it"
     short = "(out of|allocate) memory|size calculation overflowed"  # a RuntimeError of torch
     if not isinstance(error, UserError) and (isinstance(error, MemoryError) or re.search(short, str(error))):
         return f"not enough memory: {(str(error).splitlines() or [''])[0]:.120}"
@@ -134,5 +138,6 @@ def command_line(main):
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         fail(told(error))
     except Stopped as stopped:
-        print(f"{program()}: {stopped}", file=sys.stderr)
+        if devices.speaks():
+            print(f"{program()}: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)

@@ -18,6 +18,7 @@ import safetensors
 import tokenizers
 import torch
 
+from engine import devices
 from engine.flags import flag
 from model import UserError, read_json
 
@@ -106,7 +107,7 @@ class RunFolder:
 
     def take_place(self):
         """The new folder becomes `out`; what lies in the old one and belongs to no run moves along."""
-        if self.path == self.out:
+        if self.path == self.out or not devices.first():
             return
         old = beside(self.out, "old")
         for file in self.out.iterdir():
@@ -163,7 +164,7 @@ def difference(old, new):
 
 def provenance(argv):
     versions = {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}
-    return {"command": shlex.join(["python", *argv]),
+    return {"command": shlex.join([*devices.launcher(), *argv]),
             "versions": {"python": platform.python_version(), **versions}}
 
 

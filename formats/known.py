@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
-from data import Example, Segment, choice, exact, loss, percent
-from engine.progress import progress
+from data import Example, Segment, choice, exact, in_batches, loss, percent
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------- parts of records
@@ -171,15 +170,12 @@ def generated(model, examples, tokenizer, batch_size, new_tokens):
     batch; says how many answers filled it."""
     longest, texts, cut = model.config.max_position_embeddings, [""] * len(examples), 0
     rooms = [min(new_tokens, longest - e.prompt) for e in examples]
-    order = sorted(range(len(examples)), key=lambda i: (-rooms[i], examples[i].prompt))
-    for room, alike in groupby(order, key=lambda i: rooms[i]):
-        alike = list(alike)
-        starts = range(0, len(alike) if room > 0 else 0, batch_size)
-        for start in progress(starts, "answers, batch", len(starts)):
-            part = alike[start : start + batch_size]
-            rows = model.generate([examples[i].ids[: examples[i].prompt] for i in part], room, tokenizer.stop_ids)
-            for i, row in zip(part, rows):
-                texts[i], cut = tokenizer.decode(row), cut + (len(row) >= room)
+    for room, alike in groupby(sorted(range(len(examples)), key=lambda i: -rooms[i]), key=lambda i: rooms[i]):
+        said = lambda part: model.generate([e.ids[: e.prompt] for e in part], room, tokenizer.stop_ids)
+        alike = list(alike) if room > 0 else []
+        rows = in_batches(said, [examples[i] for i in alike], batch_size, lambda e: e.prompt, "answers, batch")
+        for i, row in zip(alike, rows):
+            texts[i], cut = tokenizer.decode(row), cut + (len(row) >= room)
     short = sum(room < new_tokens for room in rooms)
     if cut or short:
         print(f"{cut:,} of {len(texts):,} generated answers were cut at --max-new-tokens {new_tokens}"

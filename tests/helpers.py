@@ -22,6 +22,7 @@ import torch
 import data
 import train
 from base import suite as builtin
+from engine import devices
 from model import Llama, LlamaConfig, UserError
 
 torch.set_num_threads(1)  # these models are small, and two spinning threads on a busy core take seconds for a product
@@ -168,7 +169,8 @@ def trained_on_builtin(method, method_config, steps=4, dtype=torch.float32, log=
     """(model, adapter) after a few steps on the built-in suite, in this process. log(adapter, record) looks on."""
     config = train.Config(steps=steps, **{"batch_size": 8, "lr": 1e-2, **changes})
     tokenizer, examples = builtin_examples()
-    model = Llama.from_pretrained(BASE, dtype=dtype)
+    model = devices.load(BASE, torch.device("cpu"), dtype, config.shard)
+    model.model.checkpointing = config.grad_checkpointing
     torch.manual_seed(config.seed)
     adapter = train.start_adapter(model, method, method_config)
     train.train(model, adapter, examples, config, tokenizer.pad_id, log and (lambda record: log(adapter, record)))

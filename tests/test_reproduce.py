@@ -173,6 +173,19 @@ def test_counts_at_published_sizes():
         assert number / 1e9 == pytest.approx(billions, abs=0.005), text
 
 
+def test_memory_and_traffic_of_devices():
+    """Copies: 13.5 GB of bfloat16 weights, and a ring that sends 2 (N - 1) / N of 4 bytes for each trained number.
+    Split: an eighth of the weights, all of which come twice from the 7 others."""
+    gigabytes = lambda text, what: float(re.search(rf"^  {what} +([\d.]+)$", text, re.M)[1])
+    text = here("-m", "reproduce.count", "multilora", "llama-2-7b", "--devices", "8").stdout
+    assert gigabytes(text, "frozen weights") == 13.5 and gigabytes(text, "optimiser, two moments") == 2.0
+    assert gigabytes(text, "sent in a step") == round(2 * 7 / 8 * 4 * 0.243941376, 1)
+    text = here("-m", "reproduce.count", "multilora", "llama-2-7b", "--devices", "8", "--shard").stdout
+    assert gigabytes(text, "frozen weights") == round(13.4768 / 8, 1) and gigabytes(text, "trained tensors") == 1.0
+    assert gigabytes(text, "sent in a step") == round(2 * 7 / 8 * (13.4768 + 4 * 0.243941376), 1)
+    assert gigabytes(text, "with --grad-checkpointing") < gigabytes(text, "kept for the backward pass") / 4
+
+
 # ---------------------------------------------------------------------------------------------- the comparison
 
 
