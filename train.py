@@ -652,7 +652,7 @@ def main():
         score_only(config, given, argv)
     else:
         run(config, method_config, argv)
-    devices.leave()
+    devices.meet()
 
 
 if __name__ == "__main__":

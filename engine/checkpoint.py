@@ -111,7 +111,7 @@ def save_tensors(path, tensors, metadata=None):
                 raise UserError(f"{name} holds NaN or infinity and is not saved to {path}: try a lower --lr")
             if devices.first():
                 file.write(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    devices.largest(0)
+    devices.meet()
 
 
 @contextmanager

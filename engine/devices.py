@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -49,9 +50,20 @@ def end_with(launcher):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def leave():
-    if dist.is_initialized():
+def meet():
+    """Waits until all processes have come so far."""
+    largest(0)
+
+
+def leave(code):
+    """Ends this process; one of several at once, since threads of torch may abort while Python takes itself down."""
+    if not dist.is_initialized():
+        sys.exit(code)
+    if not code:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def count():
@@ -77,7 +89,7 @@ def speaks():
 
 def lost(error):
     """Whether an exception means that another process has gone."""
-    return count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 def launcher():
@@ -159,11 +171,12 @@ def from_first(function):
 def every(function, parts, what):
     """[function(part) for part in parts] everywhere, the calls dealt out to the processes. All make equally many, the
     last ones in vain, because a call of a split model is everybody's. what: as in progress."""
-    rounds = range(rank(), rank() - -len(parts) // count() * count(), count())
-    found = [function(parts[min(i, len(parts) - 1)]) for i in progress(rounds, what, len(rounds))]
+    calls = -(-len(parts) // count())
+    turns = (parts[min(call * count() + rank(), len(parts) - 1)] for call in range(calls))
+    mine = [function(part) for part in progress(turns, what, calls)]
     if count() == 1:
-        return found
-    mine, found = found, [None] * count()
+        return mine
+    found = [None] * count()
     dist.all_gather_object(found, mine)
     return [found[i % count()][i // count()] for i in range(len(parts))]
 
@@ -198,6 +211,7 @@ def load(base, device, dtype, shard):
                     mp_policy=narrow if dtype == torch.bfloat16 else MixedPrecisionPolicy())
         module.set_gradient_divide_factor(1.0)  # sums, as the loss is divided by the labels of all
         module.set_force_sum_reduction_for_comms(True)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes to it
     model.dtype = dtype
     model.generate = partial(model.generate, finished=lambda ended: -largest(-int(ended.all())))  # all together
     for name in ("labelled_logits", "generate"):

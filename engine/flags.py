@@ -30,7 +30,7 @@ def fail(message, prog=None):
     text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
     if devices.speaks():
         print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
-    sys.exit(2)
+    devices.leave(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -134,10 +134,11 @@ def command_line(main):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        sys.exit(main())
+        code = main()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         fail(told(error))
     except Stopped as stopped:
         if devices.speaks():
             print(f"{program()}: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        code = 128 + stopped.number
+    devices.leave(code)

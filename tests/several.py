@@ -33,7 +33,7 @@ def main():
         own = folder / f"{name}.{devices.rank()}"
         own.write_bytes(b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors)))
         own.write_text(digest(own))
-    devices.leave()
+    devices.leave(0)
 
 
 if __name__ == "__main__":
