@@ -152,8 +152,8 @@ def test_whichever_write_of_an_export_fails_nothing_half_is_left(runs, tmp_path,
     with failing(monkeypatch, lambda path, call: None) as calls:
         here(*command, tmp_path / "whole")
     wanted = content(tmp_path / "whole")
-    assert len(calls) == len(wanted) >= 2
-    for n in range(1, len(wanted) + 1):
+    assert len(calls) >= len(wanted) >= 2
+    for n in range(1, len(calls) + 1):
         with failing(monkeypatch, lambda path, call: place if call == n else None):
             one_line_error(*command, tmp_path / "out")
         assert alone(tmp_path / "whole"), "nothing of the export is there"
