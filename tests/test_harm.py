@@ -121,21 +121,23 @@ def whole(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_whichever_write_of_a_run_fails_the_old_or_the_new_is_whole(runs, tmp_path, monkeypatch, overwrite):
-    """The same command with room ends at the same bytes. A run of six steps writes seven files: config, metrics, three
-    checkpoints, adapter, results."""
+    """The same command with room ends at the same bytes. A run of six steps writes config, metrics, three checkpoints,
+    adapter, samples, results."""
     wanted, out = runs(*RUN[1:]), tmp_path / "run"
-    for n in range(1, 9):
+    with failing(monkeypatch, lambda path, call: None) as every:
+        here(*RUN, "--out", out)
+    shutil.rmtree(out)
+    assert len(every) == 8
+    for n in range(1, len(every) + 1):
         place = PLACES[(n + 2 * overwrite) % 4]
         if overwrite:
             shutil.copytree(runs(*RUN[1:], "--seed", "1"), out)
         before = content(out)
         with failing(monkeypatch, lambda path, call: place if call == n else None) as calls:
-            done = here(*RUN, "--out", out, *["--overwrite"] * overwrite, code=2 if n < 8 else 0)
-        assert len(calls) == min(n, 7)
-        if n < 8:
-            assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-            said = "run holds the first" if n > 3 else "run is as it was" if overwrite and n > 1 else "error"
-            assert said in done.stderr and (n > 3 or content(out) == before or not overwrite)
+            message = one_line_error(*RUN, "--out", out, *["--overwrite"] * overwrite)
+        assert len(calls) == n
+        said = "run holds the first" if n > 3 else "run is as it was" if overwrite and n > 1 else "error"
+        assert said in message and (n > 3 or content(out) == before or not overwrite)
         whole(tmp_path)
         assert alone(out) or not overwrite and not list(tmp_path.iterdir())
         here(*RUN, "--out", out, *["--overwrite"] * overwrite)
@@ -150,8 +152,8 @@ def test_whichever_write_of_an_export_fails_nothing_half_is_left(runs, tmp_path,
     with failing(monkeypatch, lambda path, call: None) as calls:
         here(*command, tmp_path / "whole")
     wanted = content(tmp_path / "whole")
-    assert len(calls) == len(wanted) >= 2
-    for n in range(1, len(wanted) + 1):
+    assert len(calls) >= len(wanted) >= 2
+    for n in range(1, len(calls) + 1):
         with failing(monkeypatch, lambda path, call: place if call == n else None):
             one_line_error(*command, tmp_path / "out")
         assert alone(tmp_path / "whole"), "nothing of the export is there"
