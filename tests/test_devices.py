@@ -147,6 +147,7 @@ def ended(job, out, number, victim):
     states = [file.read_text().rpartition(")")[2].split()[0] for pid in pids.values()
               if (file := Path(f"/proc/{pid}/stat")).exists()]
     assert set(states) <= {"Z"}, states  # ended, whether or not somebody has asked how
+    assert not (out / "results.json").exists()  # nor went on to the end without a launcher
     return err
 
 
