@@ -26,6 +26,7 @@ from engine import devices
 from model import Llama, LlamaConfig, UserError
 
 torch.set_num_threads(1)  # these models are small, and two spinning threads on a busy core take seconds for a product
+os.environ["OMP_NUM_THREADS"] = "1"  # nor in a program that a test starts
 HERE = Path(__file__).resolve().parent.parent
 BASE = HERE / "base"
 FIXTURES = HERE / "tests" / "fixtures"
@@ -43,8 +44,7 @@ SEARCH = ("--method", "cofitune", "--tasks", "currency", "--steps", "3", "--sear
 
 def start(*args, cwd=HERE, **options):
     """A program of the project as a user starts it: start("train.py", ...) or start("-m", "tools.chat", ...)."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True, **options)
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, text=True, **options)
 
 
 def cli(*args, cwd=HERE, code=0, stdin=""):
