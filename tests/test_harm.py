@@ -250,7 +250,7 @@ def test_a_folder_that_is_read_is_never_written_to(old, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [0, 0.4] * 10)
+@pytest.mark.parametrize("delay", [0, 0.4] * 2)
 def test_two_processes_never_work_in_one_folder(tmp_path, delay):
     """Started together, or nearly: one runs, the other is refused, whichever it is."""
     command, both = (*RUN, "--steps", "20", "--out", tmp_path / "run"), []
