@@ -118,8 +118,8 @@ def drawn(rows):
 
 def hold_out(rows):
     """(the rows that are left, in their order; a twentieth of all, drawn; at least one of several)"""
-    out = drawn(range(len(rows)))[: len(rows) // 20 or int(len(rows) > 1)]
-    return [r for i, r in enumerate(rows) if i not in set(out)], [rows[i] for i in out]
+    out = dict.fromkeys(drawn(range(len(rows)))[: len(rows) // 20 or int(len(rows) > 1)])
+    return [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in out]
 
 
 def load(files, eval_files=(), general_files=(), shot_files=(), shots=0, split="test", limit=0, template="plain",
