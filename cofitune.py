@@ -207,10 +207,15 @@ def units(linear, name, config):
 
 
 def importance(model, linears, steps, dropout):
-    """{module name: I (units,)} by the two-pass KL of the docstring. steps: an iterable of lists of micro-batches; the
+    """{module name: I (units,)}: |tanh z| of the scores below."""
+    return {name: z.tanh().abs() for name, z in unit_scores(model, linears, steps, dropout).items()}
+
+
+def unit_scores(model, linears, steps, dropout):
+    """{module name: z (units,)} by the two-pass KL of the docstring. steps: an iterable of lists of micro-batches; the
     gradients of a list add up to those of one batch before |.| is taken.
 
-    Zscore is over the units of one module in one layer; where all units are alike, I is zero.
+    Zscore is over the units of one module in one layer; where all units are alike, z is zero.
     """
     masks, raw, handles, count = {}, {name: 0.0 for name in linears}, [], 0
 
@@ -242,8 +247,7 @@ def importance(model, linears, steps, dropout):
     for name, total in raw.items():
         mean = total / count  # I_raw
         deviation = mean.std(unbiased=False)
-        z = (mean - mean.mean()) / deviation if deviation > 0 else torch.zeros_like(mean)
-        scores[name] = z.tanh().abs()
+        scores[name] = (mean - mean.mean()) / deviation if deviation > 0 else torch.zeros_like(mean)
     return scores
 
 

@@ -28,8 +28,9 @@ import data
 import formats
 from base import suite as builtin
 from engine import devices
-from engine.checkpoint import Best, Checkpoint, save_tensors, signals_kept
-from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, told
+from engine.best import Best
+from engine.checkpoint import Checkpoint, save_tensors
+from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, signals_kept, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from engine.progress import Log
 from engine.table import print_table, show_finished, summary
@@ -270,13 +271,11 @@ def schedule(step, config):
 def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None):
     """Trains in place, up to config.steps steps.
 
-    The loss of a step is the mean over all labelled tokens of its micro-batches, so gradient accumulation equals one
-    large batch. log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps. keep: the
-    run's Checkpoint, from which training goes on. watch(step, steps) is called after each step. Raises Stopped, with a
+    log(record), if given, receives {"step", "loss", "lr", ...} every config.log_every steps. keep: the run's
+    Checkpoint, from which training goes on. watch(step, steps) is called after each step. Raises Stopped, with a
     checkpoint, after the step in which a signal came.
     """
-    per_step = config.batch_size * config.grad_accum
-    draw = lambda: data.draw(examples, per_step, config.seed)
+    draw = lambda: data.draw(examples, config.batch_size * config.grad_accum, config.seed)
     parts = lambda group: data.micro_batches(group, config.batch_size, model.device)
     collate = lambda part: data.collate(part, pad).to(model.device)
     with model.autocast(), devices.prepared(model):  # each process reads all of the examples: all find the same
@@ -298,16 +297,7 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
             torch.manual_seed(devices.seed(config.seed, step))  # dropout's, from here alone
             for part, peak in zip(optimizer.param_groups, peaks):
                 part["lr"] = peak * schedule(step, config)
-            labelled = sum(label != -100 for example in group for label in example.labels)
-            total = 0.0
-            for part in parts(group):
-                batch = collate(devices.share(part))
-                with model.autocast(), devices.mixed(model):
-                    loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
-                    loss = loss + devices.weigh(adapter.penalty(batch.ctx), part) * (len(part) / per_step)
-                loss.backward()
-                total = total + loss.detach()
-            total = devices.add_up(params, total)
+            total = devices.add_up(params, backward(model, adapter, parts(group), collate))
             with devices.mixed(model):
                 norm = devices.whole(torch.nn.utils.clip_grad_norm_(params, config.clip or math.inf))
                 adapter.before_step()
@@ -337,6 +327,22 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
             if stop:
                 raise Stopped(stop, f"stopped after step {step} of {config.steps}")
     model.eval()
+
+
+def backward(model, adapter, parts, collate):
+    """Adds up the gradients of one step's loss, the mean over all labelled tokens of its micro-batches (so gradient
+    accumulation equals one large batch); gives the loss, of this process's share."""
+    parts, total = list(parts), 0.0
+    labelled = sum(label != -100 for part in parts for example in part for label in example.labels)
+    examples = sum(map(len, parts))
+    for part in parts:
+        batch = collate(devices.share(part))
+        with model.autocast(), devices.mixed(model):
+            loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
+            loss = loss + devices.weigh(adapter.penalty(batch.ctx), part) * (len(part) / examples)
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def finite_loss(step, loss, norm, group, lr):
@@ -486,9 +492,9 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
         "seconds": spent + time.perf_counter() - start, "peak_memory_bytes": peak_memory(model.device),
         "report": report}
     if not trial:
-        told = samples.tell(picked, said, samples.answer(model, picked, tokenizer), tokenizer)
+        answers = samples.tell(picked, said, samples.answer(model, picked, tokenizer), tokenizer)
         if devices.first():
-            write_json(folder.path / "samples.json", told)
+            write_json(folder.path / "samples.json", answers)
         print_table(results)
     return results
 

@@ -8,14 +8,11 @@ training, and seconds and tokens so far. It needs no random state, since the ran
 
 import json
 import os
-import signal
-import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
 from engine import devices
-from engine.flags import Stopped
 from model import UserError, finite, open_tensors, written
 
 
@@ -54,37 +51,6 @@ class Checkpoint:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-class Best:
-    """Looks at the loss on validation rows every `every` steps of a run, and with `keep` leaves the adapter where it
-    was lowest in best.safetensors. A run that goes on from an earlier checkpoint makes the same file again."""
-
-    def __init__(self, folder, adapter, look, log, every, keep, done):
-        self.folder, self.adapter, self.look, self.log, self.every, self.keep = folder, adapter, look, log, every, keep
-        self.loss = float("inf")
-        if done and self.file.exists():
-            with open_tensors(self.file) as file:
-                self.loss = json.loads(file.metadata()["loss"])
-
-    @property
-    def file(self):
-        return self.folder.path / "best.safetensors"
-
-    def __call__(self, step, steps):
-        if not self.every or (step % self.every and step != steps):
-            return
-        loss = self.look()
-        self.log({"step": step, "steps": steps, "validation_loss": loss})
-        if self.keep and loss < self.loss:
-            self.loss = loss
-            save_tensors(self.file, self.adapter.tensors(), {"loss": json.dumps(loss)})
-
-    def restore(self):
-        if self.keep:
-            with open_tensors(self.file) as file:
-                self.adapter.load_tensors({name: file.get_tensor(name) for name in file.keys()})
-            print(f"kept: the step with the lowest loss on validation rows, {self.loss:.4f}")
-
-
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -112,25 +78,3 @@ def save_tensors(path, tensors, metadata=None):
             if devices.first():
                 file.write(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     devices.meet()
-
-
-@contextmanager
-def signals_kept():
-    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that a training step is never
-    cut in two; a second one stops at once."""
-    caught = []
-
-    def keep(number, frame):
-        if caught:
-            raise Stopped(number)
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only there can Python handle signals
-        yield caught
-        return
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

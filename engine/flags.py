@@ -9,6 +9,8 @@ import difflib
 import re
 import signal
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -107,6 +109,28 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number, text="stopped"):
         super().__init__(text)
         self.number = number
+
+
+@contextmanager
+def signals_kept():
+    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that a training step is never
+    cut in two; a second one stops at once."""
+    caught = []
+
+    def keep(number, frame):
+        if caught:
+            raise Stopped(number)
+        caught.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can Python handle signals
+        yield caught
+        return
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def told(error):

@@ -29,7 +29,7 @@ import statistics
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -157,6 +157,10 @@ class Run:
     def argv(self):
         return [*shlex.split(self.flags), "--seed", str(self.seed), "--eval-split", self.split]
 
+    @property
+    def method(self):
+        return self.identity["settings"]["method"]
+
     @cached_property
     def identity(self):
         config, method_config, _ = train.parse(self.argv)
@@ -170,6 +174,9 @@ class Run:
         if not file.exists():
             return None
         saved = read_json(folder / "config.json").get("asked", {})
+        # settings that its code did not have yet count as their defaults
+        for key, defaults in zip(("settings", "method_settings"), train.parse(["--method", self.method])):
+            saved[key] = {**asdict(defaults), **saved.get(key, {})}
         if other := difference({**saved, "code": {}}, {**self.identity, "code": {}}):
             raise UserError(f"{folder} holds another run: {other}; remove it, or give another --out")
         return {**read_json(file), "folder": folder, "other_code": saved["code"] != self.identity["code"]}

@@ -19,7 +19,7 @@ import data
 import model
 import train
 from engine import flags
-from engine.checkpoint import Best
+from engine.best import Best
 from engine.folder import RunFolder
 from model import Llama, UserError
 from tests.helpers import BASE, FIXTURES, HERE, QUICK, SEARCH, cli, here, json_lines, one_line_error, start
