@@ -176,7 +176,8 @@ class Run:
         saved = read_json(folder / "config.json").get("asked", {})
         # settings that its code did not have yet count as their defaults
         for key, defaults in zip(("settings", "method_settings"), train.parse(["--method", self.method])):
-            saved[key] = {**asdict(defaults), **saved.get(key, {})}
+            saved[key] = {name: value for name, value in asdict(defaults).items() if name in self.identity[key]} | \
+                saved.get(key, {})
         if other := difference({**saved, "code": {}}, {**self.identity, "code": {}}):
             raise UserError(f"{folder} holds another run: {other}; remove it, or give another --out")
         return {**read_json(file), "folder": folder, "other_code": saved["code"] != self.identity["code"]}
