@@ -23,11 +23,13 @@ TIMES = ("seconds", "tokens_per_second", "eta_seconds", "peak_memory_bytes")
 
 
 def content(out):
-    """What a finished run left: its adapter's bytes, and the other figures without times."""
+    """What a finished run left: {"files": their names, and each file's bytes, or figures without times}"""
     without_times = lambda pairs: {key: value for key, value in pairs if key not in TIMES}
-    lines = [*(out / "metrics.jsonl").read_text().splitlines(), (out / "results.json").read_text()]
-    return ((out / "adapter.safetensors").read_bytes(), sorted(file.name for file in out.iterdir()),
-            [json.loads(line, object_pairs_hook=without_times) for line in lines])
+    figures = lambda text: json.loads(text, object_pairs_hook=without_times)
+    return {"files": sorted(file.name for file in out.iterdir()),
+            "adapter.safetensors": (out / "adapter.safetensors").read_bytes(),
+            "metrics.jsonl": list(map(figures, (out / "metrics.jsonl").read_text().splitlines())),
+            "results.json": figures((out / "results.json").read_text())}
 
 
 def endure(flags, folder, kills, rng):
@@ -47,8 +49,9 @@ def endure(flags, folder, kills, rng):
         if process.wait() > 0:
             raise UserError(f"start {starts} ended with code {process.returncode}")
     subprocess.run([*command, folder / "killed"], check=True, stdout=subprocess.DEVNULL)
-    if content(folder / "killed") != content(folder / "whole"):
-        raise UserError(f"after {made} kills the run ended otherwise than an undisturbed one")
+    ended, undisturbed = content(folder / "killed"), content(folder / "whole")
+    if other := [name for name, value in undisturbed.items() if value != ended[name]]:
+        raise UserError(f"after {made} kills the run ended otherwise than an undisturbed one: {', '.join(other)}")
     return made
 
 
