@@ -295,6 +295,10 @@ class DecoderLayer(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
+def run_layer(layer, h, ctx):
+    return layer(h, ctx)
+
+
 class Decoder(nn.Module):
     """Everything between token ids and logits; its own module only because Hugging Face's names begin with `model.`"""
 
@@ -308,6 +312,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies = None  # of rope, made when first needed
         self.checkpointing = False  # True keeps only each layer's input, and runs the layer again for its gradients
+        self.compiled = None  # run_layer as torch.compile makes it, for training; layers of one shape share their code
 
     def forward(self, ids, ctx):  # (B, T) -> (B, T, d)
         h = self.embed_tokens(ids)
@@ -322,8 +327,9 @@ class Decoder(nn.Module):
             slots = torch.arange(ctx.cache.used if ctx.decoding else ids.shape[1], device=ids.device)
             hidden = slots > ctx.positions[:, None, :, None]  # a query sees the slots up to its own position
             ctx.mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -math.inf)
+        run = self.compiled if self.compiled and self.training else run_layer
         for layer in self.layers:
-            h = checkpoint(layer, h, ctx, use_reentrant=False) if self.checkpointing else layer(h, ctx)
+            h = checkpoint(run, layer, h, ctx, use_reentrant=False) if self.checkpointing else run(layer, h, ctx)
         return self.norm(h)
 
 

@@ -135,7 +135,7 @@ def signals_kept():
 
 def told(error):
     """What a user is told of a UserError, an error of the operating system, too little memory, of the host or of a
-    device, or another process that has gone. Raises anything else again: it is a bug."""
+    device, a compiler, or another process that has gone. Raises anything else again: it is a bug."""
     if devices.lost(error):
         return "another process of this run has ended: the same command continues it"
     short = "(out of|allocate) memory|size calculation overflowed"  # a RuntimeError of torch
@@ -143,6 +143,8 @@ def told(error):
         return f"not enough memory: {(str(error).splitlines() or [''])[0]:.120}"
     if isinstance(error, (UserError, OSError)):
         return str(error)
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile failed, leave it out: {str(error).splitlines()[0]:.120}"
     raise error
 
 

@@ -1,5 +1,7 @@
 """What is done for speed changes no number: each short cut against the plain way, in float64."""
 
+import os
+import shutil
 from itertools import islice
 from types import SimpleNamespace
 
@@ -10,10 +12,53 @@ import torch.nn.functional as F
 import data
 import model as llama
 import train
-from model import Context, attend
-from tests.helpers import random_ids, tiny
+from engine.compiled import compile_layers
+from model import Context, UserError, attend
+from tests.helpers import perturb, random_ids, settled, tiny
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@pytest.mark.parametrize("name, checkpointing", [("multilora", True), ("csreft", False), ("cofitune", False)])
+def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
+    """Hooks of a method included; groups of other lengths do not compile again; evaluation is left as it is."""
+    from torch._dynamo.utils import counters
+    losses = []
+    for compiled in (False, True):
+        model = tiny(num_hidden_layers=4 if name == "cofitune" else 2)
+        perturb(model)
+        method, config = settled(name)
+        torch.manual_seed(0)
+        adapter = train.start_adapter(model, method, config)
+        model.model.checkpointing = checkpointing
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            compile_layers(model)
+        model.train()
+        optimizer, row = torch.optim.SGD(adapter.param_groups(0.1, 0.0)), []
+        for lengths in ((9, 5, 12), (7, 8), (11, 4, 6), (8, 13, 10, 9)):
+            batch = batch_of(model, lengths)
+            loss = model(batch.ids, batch.labels, batch.ctx)
+            loss.backward()
+            optimizer.step()
+            adapter.after_step() if name == "csreft" else None
+            optimizer.zero_grad()
+            row.append(loss.item())
+        losses.append(row)
+    assert len(set(losses[0])) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+    before = counters["stats"]["unique_graphs"]
+    assert 1 <= before <= 4 and not counters["graph_break"]
+    model.eval()(batch.ids)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_without_a_compiler_compile_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler is not here"):
+        compile_layers(tiny())
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

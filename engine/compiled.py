@@ -1,0 +1,23 @@
+"""`--compile`: torch.compile for the layers, in training alone, where one shape of code runs long enough to earn it."""
+
+import os
+import shutil
+import sys
+
+import torch
+
+from model import UserError, run_layer
+
+
+def compile_layers(model):
+    """Layers with equal code share what is compiled at their first pass; hooks of a method are part of it. Raises
+    UserError where there is no compiler."""
+    if model.device.type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if not shutil.which(compiler):
+            raise UserError(f"--compile needs a C++ compiler, and {compiler} is not here: install one, set CXX, or "
+                            "leave --compile out")
+    from torch._dynamo import config
+    # A method may do something of its own at each layer (CS-ReFT does): that is a version of the code for each.
+    config.cache_size_limit = max(8, 4 * model.config.num_hidden_layers)
+    model.model.compiled = torch.compile(run_layer, dynamic=True)
