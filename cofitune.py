@@ -182,16 +182,16 @@ def title(modules):
 
 def draw_tree(tree, scores, path, node=None, indent=""):
     """The scored nodes as text, each at its best share a; * marks the path to the chosen one."""
-    lines = [] if node else [f"{'tree search, validation data, ± standard error':<48}{'a':>5}{'speciality':>14}"
-                             f"{'versatility':>14}{'Uni':>8}{'H':>13}"]
+    lines = [] if node else ["tree search, validation data, ± standard error",
+                             f"{'':<34}{'a':>5}{'speciality':>12}{'versatility':>12}{'Uni':>6}{'H':>10}"]
     children = tree.get(node, [])
     for child in children:
         last, point = child == children[-1], scores[child]
         label = f"{indent}{'└─' if last else '├─'} {child[0]} {title(child[1])}{' *' if child in path else ''}"
         cells = [(point["speciality"], point["errors"][0]), (point["versatility"], point["errors"][1]), harmonic(point)]
-        S, V, H = ("{:.1f} ± {:.1f}".format(*cell) for cell in cells)
+        S, V, H = ("{:.1f}±{:.1f}".format(*cell) for cell in cells)
         uni = point["speciality"] + point["versatility"]
-        lines.append(f"{label:<48}{point['share']:>5g}{S:>14}{V:>14}{uni:>8.1f}{H:>13}")
+        lines.append(f"{label:<34}{point['share']:>5g}{S:>12}{V:>12}{uni:>6.1f}{H:>10}")
         if child in tree:
             lines.append(draw_tree(tree, scores, path, child, indent + ("   " if last else "│  ")))
     return "\n".join(lines)

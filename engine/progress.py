@@ -1,6 +1,7 @@
 """How far a program has come, for a person and for a file."""
 
 import json
+import shutil
 import sys
 import time
 
@@ -40,10 +41,14 @@ class Log:
             return
         last = record["step"] == record["steps"]
         self.count += 1
-        if self.live or not self.quiet and (last or self.count % 10 == 1):
-            line = "step {step:>5}/{steps}  loss {loss:.4f}{}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s  ETA {}"
-            line = line.format(self.validation, clock(record["eta_seconds"]), **record)
-            print(("\r\033[K" if self.live else "") + line, end="" if self.live and not last else "\n", flush=True)
+        line = "step {step:>5}/{steps}  ETA {}  loss {loss:.4f}{}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s"
+        line = line.format(clock(record["eta_seconds"]), self.validation, **record)
+        if self.live:
+            room = None if last else shutil.get_terminal_size().columns - 1  # a line that wraps cannot be cleared
+            print("\r\033[K" + ("" if last and self.quiet else line[:room]), end="\n" * (last and not self.quiet),
+                  flush=True)
+        elif not self.quiet and (last or self.count % 10 == 1):
+            print(line, flush=True)
 
 
 def clock(seconds):

@@ -59,8 +59,8 @@ def main():
 
     print(f"{args.run}: singular values of ΔW, the first {rank} scaled to sum 1, mean over layers")
     heads = ["first share", "eff. rank", *(["other first", "other eff.", "similarity"] if others else [])]
-    print(f"{'layer kind':<12}" + "".join(f"{head:>12}" for head in heads) + "   values")
-    rows = []
+    print(f"{'layer kind':<12}" + "".join(f"{head:>12}" for head in heads))
+    rows, values = [], {}
     for kind in LINEARS:
         mine = {name: delta for name, delta in deltas.items() if name.endswith(f"{kind}.weight")}
         if not mine:
@@ -70,8 +70,11 @@ def main():
         if theirs := {name: others[name] for name in mine if name in others}:
             against = figures(theirs, rank, {})
             rows[-1] += [against["first_value_share"], against["effective_rank"], of["similarity_to_sft"]]
-        print(line(kind, rows[-1]) + "   " + " ".join(f"{v:.3f}" for v in of["values"][:12]))
-    print(line("mean", [mean(column) for column in zip(*rows)]))
+        print(line(kind, rows[-1]))
+        values[kind] = of["values"][:12]
+    print(line("mean", [mean(column) for column in zip(*rows)]), end="\n\nvalues\n")
+    for kind, of in values.items():
+        print(f"{kind:<12}" + "".join(f"{v:>5.2f}" for v in of))
 
 
 def line(title, figures):
