@@ -61,7 +61,9 @@ def test_spectra_of_a_run(runs):
 def test_spectra_of_a_run_beside_another(runs):
     """Any method that changes weights: SFT's update is the saved weight minus the base's. CS-ReFT has none."""
     sft = runs("--method", "sft", *WISE)
-    lines = here("-m", "reproduce.spectra", sft, "--against", sft, "--rank", "3").stdout.splitlines()
+    text, own = here("-m", "reproduce.spectra", sft, "--against", sft, "--rank", "3").stdout.split("\n\nvalues\n")
+    lines = text.splitlines()
+    assert [row.split()[0] for row in own.splitlines()] == [*LINEARS] and len(own.splitlines()[0].split()) == 4
     assert "similarity" in lines[1] and [row.split()[0] for row in lines[2:]] == [*LINEARS, "mean"]
     for row in lines[2:]:
         _, share, rank, other_share, other_rank, alike, *_ = row.split()
