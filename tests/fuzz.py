@@ -29,7 +29,8 @@ import formats
 import train
 from data import Tokenizer
 from engine.flags import Parser, check, command_line, told
-from model import Llama, LlamaConfig
+from engine.flags import described as described_flags
+from model import Llama, LlamaConfig, fits, open_tensors
 from tests.test_forms import FORMS
 
 HERE = Path(__file__).resolve().parent
@@ -57,10 +58,12 @@ MAY_BE_ACCEPTED = {
         r"\.settings\.\w+ is (int|float|str|bool|list)": "a legal value: data, training and scoring, not the adapter",
         r"\.method_settings\.(alpha|dropout|shared_s) is (int|float|bool)": "a legal value",
         r"\.template is str": "a template that is known"},
-    "weights": "a changed number is a number; a changed byte of the header's padding or metadata",
-    "adapter": "a changed number is a number",
-    "data": "changed text is text; rows of a known format",
-    "flags": "a legal value",
+    # Elsewhere a case itself asserts what it may be.
+    "weights": "a changed number is a number, a changed byte of the header's padding or metadata says nothing: the "
+               "tensors have the names, types and shapes that they had",
+    "adapter": "the same",
+    "data": "changed text is text: rows of a known format, each with something to learn, no special token from a text",
+    "flags": "a legal value: of the flag's own type, inside its interval",
 }
 ODD = (None, True, False, 0, -1, 1, 2**31, 2**63, -2.5, 1e308, float("nan"), float("inf"), "", "x", "0", "\ud800",
        "\x00", "a" * 10_000, [], [[]], {}, {"a": {}}, [1, "x", None], {"content": 3})
@@ -175,10 +178,19 @@ def tokenizer(rng, folder):
     formats.choose("auto", found, folder / "base")
 
 
+def described(file):
+    """{name: (type, shape)} of the tensors in a safetensors file."""
+    with open_tensors(file) as tensors:
+        return {name: (tensors.get_slice(name).get_dtype(), tensors.get_slice(name).get_shape())
+                for name in tensors.keys()}
+
+
 def weights(rng, folder):
     file = folder / "base" / "model.safetensors"
+    before = described(file)
     file.write_bytes(mutated_bytes(rng, file.read_bytes()))
     Llama.from_pretrained(folder / "base")
+    assert described(file) == before
 
 
 def run(rng, folder):
@@ -188,11 +200,13 @@ def run(rng, folder):
 
 def adapter(rng, folder):
     file = folder / "run" / "adapter.safetensors"
+    before = described(file)
     if rng.random() < 0.3:
         save_file({rng.choice(("a", "model.x")): torch.zeros(rng.randrange(4))}, file)
     else:
         file.write_bytes(mutated_bytes(rng, file.read_bytes()))
     train.load_run(folder / "run", base=HERE.parent / "base")
+    assert described(file) == before
 
 
 def data(rng, folder):
@@ -212,10 +226,12 @@ def flags(rng, folder):
     names = [option for option in OPTIONS if option != "--help"]
     for _ in range(rng.randint(1, 4)):
         argv += [rng.choice(names)] + [rng.choice(values)] * rng.randint(0, 2)
-    settings, own, _ = train.parse(argv)
-    check(settings)
-    if own:
-        check(own)
+    settings, own, given = train.parse(argv)
+    for part in filter(None, (settings, own)):
+        check(part)
+        for name, kind, *_ in described_flags(part):
+            value = getattr(part, name)
+            assert name not in given or value is None or fits(value, kind), (name, value)
     train.place(settings)
 
 
