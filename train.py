@@ -33,7 +33,7 @@ from engine.checkpoint import Checkpoint, save_tensors
 from engine.compiled import compile_layers
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, signals_kept, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
-from engine.progress import Log
+from engine.progress import Log, progress
 from engine.table import print_table, show_finished, summary
 from formats import samples
 from model import LlamaConfig, UserError, count_parameters, open_tensors, read_json, tensor_files
@@ -284,7 +284,7 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
     parts = lambda group: data.micro_batches(group, config.batch_size, model.device)
     collate = lambda part: data.collate(part, pad).to(model.device)
     with model.autocast(), devices.prepared(model):  # each process reads all of the examples: all find the same
-        adapter.prepare([collate(part) for part in parts(group)] for group in draw())
+        adapter.prepare([collate(part) for part in parts(group)] for group in progress(draw(), "prepared with steps:"))
     optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay),
                                   fused=model.device.type in ("cpu", "cuda"))
     peaks = [part["lr"] for part in optimizer.param_groups]
@@ -469,7 +469,7 @@ def learn(config, name, model, adapter, suite, tokenizer, folder, keep=None, sha
         print(f"{name}: {trainable:,} trainable parameters / {total:,} of the base = {100 * trainable / total:.3f} %")
         size, number = config.batch_size * config.grad_accum, len(suite.train)
         print(f"{number:,} training examples of {len(suite.trained)} tasks, {config.steps} steps of {size} = "
-              f"{config.steps * size / number:.3g} epochs, {model.device.type} {config.dtype}, to {folder.out}")
+              f"{config.steps * size / number:.3g} epochs, {model.device.type} {str(model.dtype)[6:]}, to {folder.out}")
         print(f"{folder.out} holds the first {done} steps: going on from there\n" * bool(done), end="", flush=True)
         facts["before"] = before = facts["before"] if done else scored()
         picked = samples.pick(suite, config.samples, model.config.max_position_embeddings)

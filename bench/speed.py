@@ -9,7 +9,8 @@ examples of one length, so nothing is won by less padding. Theirs has a LoRA of 
 decoder where ours has MultiLoRA (n = 3, r = 4), the same rank in all, or trains everything where ours is sft. The
 products are those of the step's linear layers, forward and backward, without anything around them.
 
-Each round takes all of them in turns; a ratio is the median over the rounds of their seconds by ours.
+Each round takes all of them in turns; a ratio is the median over the rounds of their seconds by ours. With --compile
+our steps run as `train.py --compile` does them.
 """
 
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 import train
+from engine.compiled import compile_layers
 from engine.flags import Parser, command_line
 from model import Context, Llama, LlamaConfig
 
@@ -32,9 +34,11 @@ METHODS = ("multilora", "lora", "sft", "csreft")
 PROMPTS, NEW = (8, 32), 64
 
 
-def ours(method, folder, ids, labels):
+def ours(method, folder, ids, labels, compiled=False):
     """(a step of training, numbers that it trains)"""
-    model = Llama.from_pretrained(folder)
+    model = Llama.from_pretrained(folder).train()
+    if compiled:
+        compile_layers(model)
     module, config = train.method_of(method)
     adapter = train.start_adapter(model, module, config)
     optimizer = torch.optim.AdamW(adapter.param_groups(1e-4, 0.0), fused=True)
@@ -121,6 +125,7 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="of which a ratio is the median (%(default)s)")
     parser.add_argument("--shape", choices=SHAPES, help="one of the two alone")
+    parser.add_argument("--compile", action="store_true", help="compile our layers")
     args = parser.parse_args()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     print(f"float32, {torch.get_num_threads()} threads, medians of {args.rounds} rounds\n"
@@ -135,9 +140,12 @@ def main():
             ids = torch.randint(3, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
             labels = ids.masked_fill(torch.arange(T) < T - T // 4, -100)
             for method in METHODS:
-                (mine, a), (other, b) = (who(method, folder, ids, labels) for who in (ours, theirs))
+                (mine, a), (other, b) = ours(method, folder, ids, labels, args.compile), theirs(method, folder, ids,
+                                                                                                labels)
                 bare = products(folder, B * T, B * (T // 4), method == "sft")
                 row(f"{title}, {method}", f"{a:,} / {b:,}", in_turns((mine, other, bare), args.rounds, 2))
+            if args.compile:
+                continue
             mine, other = generation(folder)
             assert mine() == other(), "the generated tokens differ"
             row(f"{title}, generate", "", in_turns((mine, other), args.rounds, 1))

@@ -12,15 +12,17 @@ def progress(items, what, total=None):
     """The items, one by one; on a terminal a line says how many are done, and when all of `total` will be. It is gone
     at the end, and not there at all in the first second."""
     start = shown = time.perf_counter()
-    for done, item in enumerate(items):
-        now = time.perf_counter()
-        if sys.stdout.isatty() and now - shown > 1:
-            left = f"/{total}  ETA {clock((now - start) / done * (total - done))}" if total and done else ""
-            print(f"\r\033[K{what} {done}{left}", end="", flush=True)
-            shown = now
-        yield item
-    if shown != start:
-        print("\r\033[K", end="", flush=True)
+    try:
+        for done, item in enumerate(items):
+            now = time.perf_counter()
+            if sys.stdout.isatty() and now - shown > 1:
+                left = f"/{total}  ETA {clock((now - start) / done * (total - done))}" if total and done else ""
+                print(f"\r\033[K{what} {done}{left}", end="", flush=True)
+                shown = now
+            yield item
+    finally:  # also where the reader has enough
+        if shown != start:
+            print("\r\033[K", end="", flush=True)
 
 
 class Log:
