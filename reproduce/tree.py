@@ -3,6 +3,8 @@
     python -m reproduce.tree out/cofitune
 """
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import cofitune
@@ -19,7 +21,9 @@ def main():
         raise UserError(f"{args.run} holds no finished search: expected a run of cofitune with --layers search")
     config = cofitune.Config(**saved["asked"]["method_settings"])
     base = LlamaConfig.from_pretrained(saved["asked"]["settings"]["base"])
-    cofitune.plan(config, base, lambda name, *_, **__: read_json(args.run / "search" / name / "results.json"))
+    with redirect_stdout(StringIO()) as said:
+        cofitune.plan(config, base, lambda name, *_, **__: read_json(args.run / "search" / name / "results.json"))
+    print("tree search, validation" + said.getvalue().partition("tree search, validation")[2], end="")  # no progress
 
 
 if __name__ == "__main__":
