@@ -73,6 +73,30 @@ def theirs(method, folder, ids, labels):
     return step, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def pyrefts(method, folder, ids, labels):
+    """The same of pyreft's LoReFT with rank 20 on every token after every layer."""
+    import pyreft
+    import transformers
+
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    edit = lambda: pyreft.LoreftIntervention(embed_dim=model.config.hidden_size, low_rank_dimension=20)
+    count = model.config.num_hidden_layers
+    reft = pyreft.get_reft_model(model, pyreft.ReftConfig([
+        {"layer": i, "component": "block_output", "low_rank_dimension": 20, "intervention": edit()}
+        for i in range(count)]))
+    reft.set_device("cpu")
+    places = {"sources->base": (None, [[list(range(ids.shape[1]))] * len(ids)] * count)}
+    optimizer = torch.optim.AdamW([p for p in reft.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+    def step():
+        _, output = reft({"input_ids": ids}, unit_locations=places, labels=labels)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(p.numel() for p in reft.parameters() if p.requires_grad)
+
+
 def products(folder, tokens, labelled, everything):
     """The products of a step alone; everything: those of the weights' gradients too."""
     model = Llama.from_pretrained(folder)
@@ -126,7 +150,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="of which a ratio is the median (%(default)s)")
     parser.add_argument("--shape", choices=SHAPES, help="one of the two alone")
     parser.add_argument("--compile", action="store_true", help="compile our layers")
+    parser.add_argument("--peer", choices=("peft", "pyreft"), default="peft",
+                        help="pyreft: its LoReFT beside csreft and loreft, in an environment of .ci/pyreft.txt")
     args = parser.parse_args()
+    methods, peer = (METHODS, theirs) if args.peer == "peft" else (("loreft", "csreft"), pyrefts)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     print(f"float32, {torch.get_num_threads()} threads, medians of {args.rounds} rounds\n"
           f"{'':<24}{'numbers ours / theirs':>24}{'ours':>12}{'theirs':>10}{'products':>10}")
@@ -139,12 +166,12 @@ def main():
             model.save_pretrained(Path(folder))
             ids = torch.randint(3, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
             labels = ids.masked_fill(torch.arange(T) < T - T // 4, -100)
-            for method in METHODS:
-                (mine, a), (other, b) = ours(method, folder, ids, labels, args.compile), theirs(method, folder, ids,
-                                                                                                labels)
+            for method in methods:
+                mine, a = ours(method, folder, ids, labels, args.compile)
+                other, b = peer(method, folder, ids, labels)
                 bare = products(folder, B * T, B * (T // 4), method == "sft")
                 row(f"{title}, {method}", f"{a:,} / {b:,}", in_turns((mine, other, bare), args.rounds, 2))
-            if args.compile:
+            if args.compile or peer is not theirs:
                 continue
             mine, other = generation(folder)
             assert mine() == other(), "the generated tokens differ"

@@ -6,6 +6,7 @@ Each field of a settings dataclass is a flag: `rank: Annotated[int, "rank of eac
 
 import argparse
 import difflib
+import os
 import re
 import signal
 import sys
@@ -161,6 +162,9 @@ def command_line(main):
         signal.signal(number, stop)
     try:
         code = main()
+    except BrokenPipeError:  # who reads, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + 13
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         fail(told(error))
     except Stopped as stopped:
