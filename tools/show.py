@@ -56,7 +56,7 @@ def show_files(args, tokenizer):
     print(f"template {name}: {source}")
     template, shown = named(name), {}
     tasks = read_files(args.files, args.skip_bad_rows, args.ignore_fields)
-    line = "{:<24} {:<9}{:<9}{:>8}{:>9}{:>9}{:>9}{:>9}".format
+    line = "{:<23} {:<9}{:<8}{:>7}{:>8}{:>8}{:>8}{:>7}".format
     print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained", f">{args.max_length:,}"))
     for name, (kind, rows) in tasks.items():
         examples = [template.apply(row) for row in rows]
