@@ -487,11 +487,13 @@ class Llama(nn.Module):
     # ------------------------------------------------------------------------------------------ generation
 
     @torch.no_grad()
-    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None, finished=torch.all):
+    def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None, tasks=None,
+                 finished=torch.all):
         """Continues a batch of prompts of any lengths with a key-value cache.
 
         prompts: lists of token ids. stop: the token ids that end a row (not returned). temperature 0 is greedy.
-        finished: whether to end, from a bool for each row that says whether it has met a stop.
+        tasks: the index of each prompt's task, where it is known. finished: whether to end, from a bool for each row
+        that says whether it has met a stop.
         Returns one list of new token ids for each prompt, the same as for that prompt alone.
         """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -506,7 +508,8 @@ class Llama(nn.Module):
             row[: len(prompt)] = torch.tensor(prompt)
         cache = Cache(self.config, B, T + max_new_tokens, self.device, self.model.embed_tokens.weight.dtype)
         mask = torch.arange(T, device=self.device) < lengths[:, None]
-        h = self.model(ids, Context(prompt_mask=mask, cache=cache))[cache.rows, lengths - 1]  # (B, d)
+        tasks = None if tasks is None else torch.tensor(tasks, device=self.device)
+        h = self.model(ids, Context(mask, tasks, cache=cache))[cache.rows, lengths - 1]  # (B, d)
         ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):

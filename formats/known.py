@@ -171,7 +171,8 @@ def generated(model, examples, tokenizer, batch_size, new_tokens):
     longest, texts, cut = model.config.max_position_embeddings, [""] * len(examples), 0
     rooms = [min(new_tokens, longest - e.prompt) for e in examples]
     for room, alike in groupby(sorted(range(len(examples)), key=lambda i: -rooms[i]), key=lambda i: rooms[i]):
-        said = lambda part: model.generate([e.ids[: e.prompt] for e in part], room, tokenizer.stop_ids)
+        said = lambda part: model.generate([e.ids[: e.prompt] for e in part], room, tokenizer.stop_ids,
+                                           tasks=[e.task for e in part])
         alike = list(alike) if room > 0 else []
         rows = in_batches(said, [examples[i] for i in alike], batch_size, lambda e: e.prompt, "answers, batch")
         for i, row in zip(alike, rows):

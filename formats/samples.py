@@ -22,7 +22,8 @@ def answer(model, picked, tokenizer):
     if not picked:
         return []
     with model.autocast():
-        rows = model.eval().generate([e.ids[: e.prompt] for _, e in picked], LONGEST, tokenizer.stop_ids)
+        rows = model.eval().generate([e.ids[: e.prompt] for _, e in picked], LONGEST, tokenizer.stop_ids,
+                                     tasks=[e.task for _, e in picked])
     return [tokenizer.decode(row).strip() for row in rows]
 
 

@@ -238,6 +238,13 @@ def test_the_lowest_loss_on_validation_rows_is_kept_and_samples_are_told(runs):
     assert "### Inst" not in printed and f"  {told[0]['task']}: " in printed
 
 
+def test_samples_know_their_task(runs):
+    """`--route-on task` opens a subspace by the task's number, also where it generates."""
+    out = runs("--method", "csreft", "--route-on", "task", *QUICK, "--samples", "1")
+    told = json.loads((out / "samples.json").read_text())
+    assert {row["task"] for row in told} >= {"currency", "cipher"} and all("after" in row for row in told)
+
+
 def test_what_had_the_lowest_loss_comes_back_after_a_break_too(tmp_path):
     losses, said = {2: 5.0, 4: 3.0, 6: 4.0, 7: 3.5}, []
     adapter = model.Adapter(torch.nn.Linear(1, 1, bias=False))
