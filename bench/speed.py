@@ -79,9 +79,10 @@ def pyrefts(method, folder, ids, labels):
     import transformers
 
     model = transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
-    edit = lambda: pyreft.LoreftIntervention(embed_dim=model.config.hidden_size, low_rank_dimension=20)
+    edit = lambda: pyreft.LoreftIntervention(embed_dim=model.config.hidden_size, low_rank_dimension=20,
+                                             dtype=torch.float32)
     count = model.config.num_hidden_layers
-    reft = pyreft.get_reft_model(model, pyreft.ReftConfig([
+    reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=[
         {"layer": i, "component": "block_output", "low_rank_dimension": 20, "intervention": edit()}
         for i in range(count)]))
     reft.set_device("cpu")
