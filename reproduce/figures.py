@@ -5,6 +5,7 @@
 The pictures lie beside this file in results/. Nothing is computed here that compare.json does not hold.
 """
 
+from math import tanh
 from pathlib import Path
 from statistics import mean
 
@@ -24,6 +25,7 @@ NAMES = {"sft": "SFT", "lora": "LoRA", "multilora": "MultiLoRA", "loreft": "LoRe
 # Okabe and Ito's colours, which colour-blind readers can tell apart; SFT has the page's own ink.
 COLOURS = {"lora": "#E69F00", "multilora": "#009E73", "loreft": "#56B4E9", "csreft": "#0072B2", "cofitune": "#D55E00",
            "coarse": "#CC79A7", "sft-l2": "#8C8C8C", "wise-ft": "#009E73", "random-mask": "#F0E442"}
+SUBSPACES = 4  # of csreft by default, and in these runs
 PAGES = {"light": {"page": "#ffffff", "ink": "#1f2328", "faint": "#d0d7de", "map": "Blues"},
          "dark": {"page": "#0d1117", "ink": "#e6edf3", "faint": "#3d444d", "map": "viridis"}}
 
@@ -170,7 +172,33 @@ def front(section, page):
     return fig
 
 
-PICTURES = {"compare": accuracy, "multilora": spectra, "csreft": gates, "cofitune": front}  # of which section
+def teaching(section, page):
+    """|R_i R_j^T| of CS-ReFT's subspaces, and where CoFiTune's units lie on the curve from z to 1 - I."""
+    fig, axes = plt.subplots(1, 3, figsize=(8.3, 3.0), width_ratios=(1, 1, 1.9))
+    size = len(next(iter(section["overlap"].values())))
+    for ax, (name, values) in zip(axes, section["overlap"].items()):
+        ax.imshow(values, vmin=0, vmax=1, cmap=page["map"])
+        ax.grid(visible=False)
+        ax.set_xticks([(i + 0.5) * size / SUBSPACES - 0.5 for i in range(SUBSPACES)], range(SUBSPACES))
+        ax.set_yticks(ax.get_xticks(), range(SUBSPACES) if ax is axes[0] else [""] * SUBSPACES)
+        ax.tick_params(length=0)
+        ax.set_title(f"CS-ReFT: $|R_i R_j^T|$,\n{'joint' if 'joint' in name else 'separate'} (0 to 1)")
+        ax.set_xlabel("subspace")
+    low, share, _ = zip(*section["importance"]["histogram"])
+    axes[2].bar([x + 0.25 for x in low], share, 0.46, color=COLOURS["csreft"])
+    axes[2].set_xlabel("z of a unit, within its module")
+    axes[2].set_ylabel("share of the units (%)")
+    axes[2].set_title("CoFiTune: bars, how many units;\nline, what is left of their steps, 1 − |tanh z|")
+    curve = axes[2].twinx()
+    points = [low[0] + (low[-1] + 0.5 - low[0]) * i / 200 for i in range(201)]
+    curve.plot(points, [1 - abs(tanh(z)) for z in points], color=COLOURS["cofitune"])
+    curve.set_ylim(0, 1.02)
+    curve.grid(visible=False)
+    curve.spines["right"].set_visible(True)
+    return fig
+
+
+PICTURES = {"compare": accuracy, "multilora": spectra, "csreft": gates, "cofitune": front, "teach": teaching}
 
 
 def main():
@@ -182,8 +210,8 @@ def main():
     for section, draw in PICTURES.items():
         name = draw.__name__
         if section not in everything:
-            print(f"{name}: skipped, {file} has no {section!r} (python -m reproduce.compare "
-                  f"{'--seeds 5' if section == 'compare' else '--claim ' + section})")
+            how = {"compare": "--seeds 5", "teach": "--teach"}.get(section, f"--claim {section}")
+            print(f"{name}: skipped, {file} has no {section!r} (python -m reproduce.compare {how})")
             continue
         for kind, page in PAGES.items():
             dress(page)

@@ -20,12 +20,11 @@ from engine.flags import command_line
 from model import Llama, UserError
 
 REGION = ["--layers", "50%-100%", "--modules", "gate_proj,up_proj,down_proj"]  # what the default run's search chooses
-EDGES = [-3 + i / 2 for i in range(13)]  # of the histogram's bins
 
 
 def measure(argv=()):
-    """{"histogram": rows of (z from, z to, share of the units in percent, their mean mask), "alike": {pair: figures}}.
-    Raises UserError as train.py does for its flags."""
+    """{"units", "batches": numbers, "histogram": rows of (z from, share of the units in percent, their mean mask), each
+    half wide and the outer ones open, "alike": {pair: figures}}. Raises UserError as train.py does for its flags."""
     config, method_config, _ = train.parse(["--method", "cofitune", *REGION, "--eval-split", "validation", *argv])
     if method_config.mask_on == "none":
         raise UserError("--mask-on none has no importance")
@@ -48,12 +47,9 @@ def measure(argv=()):
 
     whole, halves = scores(suite.train), [scores(suite.train[i::2]) for i in range(2)]
     z = torch.cat(list(whole.values()))
-    mask = 1 - z.tanh().abs()
-    histogram = []
-    for low, high in zip([-float("inf"), *EDGES], [*EDGES, float("inf")]):
-        inside = (z >= low) & (z < high)
-        if inside.any():
-            histogram.append([low, high, 100 * inside.float().mean().item(), mask[inside].mean().item()])
+    mask, bins = 1 - z.tanh().abs(), (2 * z).floor().clamp(-6, 6) / 2
+    histogram = [[low, 100 * (bins == low).float().mean().item(), mask[bins == low].mean().item()]
+                 for low in bins.unique().tolist()]
     pairs = {"the same examples, other dropout": (whole, scores(suite.train, seed=1)),
              "two halves of the training data": halves,
              "training data, general tasks": (whole, scores(general))}
@@ -75,9 +71,9 @@ def alike(first, second):
 
 
 def shown(found):
-    lines = [f"{found['units']:,} units, {found['batches']} batches", f"{'z':<16}{'units':>8}{'mask 1 - I':>12}"]
-    for low, high, share, mask in found["histogram"]:
-        lines.append(f"{f'{low:g} to {high:g}':<16}{share:>6.1f} %{mask:>12.2f}  {'#' * round(share)}")
+    lines = [f"{found['units']:,} units, {found['batches']} batches", f"{'z from':<8}{'units':>8}{'mask 1 - I':>12}"]
+    for low, share, mask in found["histogram"]:
+        lines.append(f"{low:<8g}{share:>6.1f} %{mask:>12.2f}  {'#' * round(share)}")
     lines.append(f"\n{'how alike':<34}{'r of z':>8}{'r of I':>8}{'same quarter':>14}")
     for name, figures in found["alike"].items():
         lines.append(f"{name:<34}{figures['z']:>8.2f}{figures['importance']:>8.2f}{figures['quarter']:>14.2f}")

@@ -28,8 +28,14 @@ def mean_and_spread(values):
     return [statistics.mean(values), spread(values)]
 
 
+def harmonic_mean(point):
+    """H of a row's two scores."""
+    s, v = point["speciality"], point["versatility"]
+    return 2 * s * v / max(1e-9, s + v)
+
+
 def about(values, digits=1):
-    return "{:.{digits}f} ± {:.{digits}f}".format(*mean_and_spread(values), digits=digits)
+    return "{:.{digits}f} ± {:.{digits}f}".format(*mean_and_spread(list(values)), digits=digits)
 
 
 def plain(value):
@@ -95,6 +101,14 @@ def spectra(section):
          "" if name == "sft" else cell(name, "similarity_to_sft", 3)] for name, title in titles.items()])
 
 
+def starts(section):
+    titles = {"multilora": "MultiLoRA", "scales-alone": "trained scales, `A` and `B` as they start",
+              "one-module": "one module of rank 12, with scales", "lora-uniform-b": "LoRA with `B` uniform"}
+    return markdown(["update", "new tasks", "first value's share", "effective rank"], [
+        [title, about(section["accuracy"][name]), about(column(section["spectra"][name], "first_value_share"), 3),
+         about(column(section["spectra"][name], "effective_rank"))] for name, title in titles.items()])
+
+
 def interference(section):
     titles = {"csreft": "CS-ReFT", "loreft": "LoReFT", "lora": "LoRA"}
     of = {name: section["interference"][name] for name in titles}  # {name: [{task: [alone, together]} by seed]}
@@ -125,32 +139,39 @@ def front(section):
 
 
 def scores(section):
-    """With the sum of both scores (Uni), and their harmonic mean (H)."""
+    """With the sum of both scores (Uni), and H."""
     rows = []
     for name, points in section["scores"].items():
         pairs = [(p["speciality"], p["versatility"]) for p in points]
-        harmonic = [2 * s * v / max(1e-9, s + v) for s, v in pairs]
-        rows.append([name, *map(about, (*zip(*pairs), [s + v for s, v in pairs], harmonic)),
+        rows.append([name, *map(about, (*zip(*pairs), [s + v for s, v in pairs], map(harmonic_mean, points))),
                      ", ".join(PAIR.format(*pair) for pair in pairs)])
     return markdown(["row", "speciality", "versatility", "Uni", "H", "each seed"], rows)
 
 
-def teaching(section):
-    digits = {"speciality": 1, "versatility": 1, "effective_rank": 1, "largest_overlap": 2, "mean_gate": 2}
-
-    def table(method, rows):
+def teaching(method):
+    def table(section):
+        digits = {"speciality": 1, "versatility": 1, "effective_rank": 1, "largest_overlap": 2, "mean_gate": 2}
+        rows = section["tables"][method]
         keys = [key for key in digits if key in next(iter(rows.values()))]
         return markdown([method, *(key.replace("_", " ") for key in keys)],
                         [[name, *(f"{row[key]:.{digits[key]}f}" for key in keys)] for name, row in rows.items()])
+    return table
 
-    return "\n\n".join(table(*part) for part in section.items())
+
+def importance(section):
+    return markdown(["two estimates of the importance", "r of z", "r of I", "same units in the upper quarter"],
+                    [[name, *(f"{figures[key]:.2f}" for key in ("z", "importance", "quarter"))]
+                     for name, figures in section["importance"]["alike"].items()])
 
 
 # {name in README: (section of compare.json, its table)}
 TABLES = {"comparison": ("compare", comparison), "tasks": ("compare", tasks), "tuning": ("tune", tuning),
-          **{f"claims-{name}": (name, claims) for name in ("multilora", "multilora-hard", "csreft", "cofitune")},
-          "spectra": ("multilora", spectra), "interference": ("csreft", interference), "front": ("cofitune", front)}
-UNPUBLISHED = {"quick": comparison, "spectrum": claims, "search": scores, "controls": scores, "teach": teaching}
+          **{f"claims-{name}": (name, claims) for name in ("multilora", "multilora-hard", "csreft", "cofitune",
+                                                         "spectrum", "search")},
+          "spectra": ("multilora", spectra), "interference": ("csreft", interference), "front": ("cofitune", front),
+          "starts": ("spectrum", starts), "search": ("search", scores), "importance": ("teach", importance),
+          **{f"teaching-{method}": ("teach", teaching(method)) for method in ("multilora", "csreft")}}
+UNPUBLISHED = {"quick": comparison, "controls": scores}
 
 
 def shown(name, section):

@@ -4,6 +4,7 @@ pictures; and those of bench/."""
 import csv
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -23,7 +24,7 @@ import multilora
 import train
 from base import suite as builtin
 from model import LINEARS, LlamaConfig
-from reproduce import compare, table
+from reproduce import compare, importance, table
 from reproduce.count import SHAPES
 from reproduce.spectra import similarity
 from tests.helpers import BASE, HERE, QUICK, SEARCH, cli, here, one_line_error, start
@@ -266,7 +267,7 @@ def test_the_pictures_are_drawn_from_the_stored_figures(tmp_path):
         picture.unlink()
     cli("-m", "reproduce.figures", cwd=tmp_path)
     drawn = {picture.name for picture in (reproduce / "results").glob("*.png")}
-    assert len(drawn) == 8 and drawn == {picture.name for picture in (HERE / "reproduce" / "results").glob("*.png")}
+    assert len(drawn) == 10 and drawn == {picture.name for picture in (HERE / "reproduce" / "results").glob("*.png")}
     text = "".join((HERE / name).read_text(encoding="utf-8") for name in ("README.md", "reproduce/README.md"))
     assert all(f"results/{name}" in text for name in drawn)
 
@@ -335,9 +336,37 @@ def test_a_plan_is_filled_in_its_own_shape_and_what_fails_is_none_or_an_error(tm
     assert results["one"] == {"again": results["all"][3]} and results["all"][0]["folder"] == tmp_path / "sft-test-0"
     printed = capsys.readouterr().out
     assert "four: 4 of 4 runs to make" in printed and f"{tmp_path / 'sft-test-2'} ended with code 3" in printed
+    saved = json.loads((tmp_path / "sft-test-1" / "config.json").read_text())
+    del saved["asked"]["settings"]["samples"], saved["asked"]["method_settings"]["l2_to_base"]  # code that lacked them
+    (tmp_path / "sft-test-1" / "config.json").write_text(json.dumps(saved))
     with pytest.raises(compare.UserError, match="ended with code 3"):
         compare.work(plan, args, "again")
     assert "again: 1 of 4 runs to make" in capsys.readouterr().out
+
+
+def test_importance_is_like_itself_and_its_histogram_holds_every_unit():
+    z = {"a": torch.tensor([-3.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0, 4.0]), "b": torch.arange(8.0) - 5}
+    assert importance.alike(z, z) == pytest.approx({"z": 1, "importance": 1, "quarter": 1})
+    turned = {name: -values for name, values in z.items()}  # I = |tanh z| does not see a sign
+    assert importance.alike(z, turned) == pytest.approx({"z": -1, "importance": 1, "quarter": 1})
+    other = {"a": z["a"].flip(0), "b": z["b"]}
+    assert importance.alike(z, other)["quarter"] < 1 and importance.alike(z, other)["z"] < 1
+
+
+@pytest.mark.slow
+def test_importance_of_the_region_by_two_estimates():
+    flags = "--importance-batches 2 --batch-size 8 --layers 0 --modules up_proj"
+    found = importance.measure(flags.split())
+    low, share, mask = zip(*found["histogram"])
+    assert found["units"] == LlamaConfig.from_pretrained(BASE).intermediate_size and sum(share) == pytest.approx(100)
+    for start, left in zip(low, mask):  # a bin is half wide, the outer ones open
+        near, far = sorted((abs(start), abs(start + 0.5)))
+        least = 0 if start in (-3, 3) else 1 - math.tanh(far)
+        assert least - 1e-6 <= left <= 1 - math.tanh(near) + 1e-6, start
+    assert len(found["alike"]) == 3
+    for figures in found["alike"].values():
+        assert -1 <= figures["z"] < 1 and 0 <= figures["quarter"] <= 1
+    assert "how alike" in importance.shown(found)
 
 
 @pytest.fixture
@@ -387,6 +416,8 @@ def test_every_program_explains_its_flags(program):
     ("reproduce.count", ["multilora", "llama-2-9b"], ["llama-2-9b", "llama-2-7b"]),
     ("reproduce.count", ["multilora", "llama-2-7b", "--rank", "0"], ["--rank is 0"]),
     ("reproduce.count", ["csreft", "llama-2-7b", "--layers", "40"], ["layers '40'", "0 to 31"]),
+    ("reproduce.importance", ["--mask-on", "none"], ["--mask-on none has no importance"]),
+    ("reproduce.importance", ["--layers", "9-12"], ["layers '9-12'", "25%-50%"]),
     ("reproduce.spectra", ["base"], ["no adapter.safetensors"]),
     ("reproduce.gates", ["base"], ["no adapter.safetensors"]),
     ("reproduce.wise", ["base"], ["no adapter.safetensors"]),
