@@ -359,10 +359,10 @@ def test_importance_of_the_region_by_two_estimates():
     found = importance.measure(flags.split())
     low, share, mask = zip(*found["histogram"])
     assert found["units"] == LlamaConfig.from_pretrained(BASE).intermediate_size and sum(share) == pytest.approx(100)
-    for start, left in zip(low, mask):  # a bin is half wide, the outer ones open
-        near, far = sorted((abs(start), abs(start + 0.5)))
-        least = 0 if start in (-3, 3) else 1 - math.tanh(far)
-        assert least - 1e-6 <= left <= 1 - math.tanh(near) + 1e-6, start
+    for edge, left in zip(low, mask):  # a bin is half wide, the outer ones open
+        near, far = sorted((abs(edge), abs(edge + 0.5)))
+        least = 0 if edge in (-3, 3) else 1 - math.tanh(far)
+        assert least - 1e-6 <= left <= 1 - math.tanh(near) + 1e-6, edge
     assert len(found["alike"]) == 3
     for figures in found["alike"].values():
         assert -1 <= figures["z"] < 1 and 0 <= figures["quarter"] <= 1
