@@ -242,7 +242,7 @@ def test_generated_answers_to_gsm8k_are_read_and_compared():
     class Parrot:
         config, device = LlamaConfig.from_dict(json.loads((BASE / "config.json").read_text())), "cpu"
 
-        def generate(self, prompts, new, stop):
+        def generate(self, prompts, new, stop, tasks):
             assert all(p[0] == tokenizer.bos_id for p in prompts) and stop == tokenizer.stop_ids and new == 64
             return [tokenizer.encode("so\n#### 1,200\n#### 5", start=False) for _ in prompts]
 

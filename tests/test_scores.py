@@ -83,7 +83,7 @@ def test_the_room_for_an_answer_is_the_prompts_own(capsys):
     class Talker:
         config, device = Llama.from_pretrained(BASE).config, "cpu"
 
-        def generate(self, prompts, new, stop):
+        def generate(self, prompts, new, stop, tasks):
             asked.append((sorted(map(len, prompts)), new))
             return [tokenizer.encode("7" * min(new, 20), start=False) for _ in prompts]
 
