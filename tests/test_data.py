@@ -117,6 +117,7 @@ def test_every_fact_that_is_tested_was_trained_on():
             assert answers["test"] <= answers["train"], name
 
 
+@pytest.mark.slow
 def test_the_suite_is_the_same_in_every_process():
     code = "repr([suite.generate(name, 'test') for name in suite.TASKS]).encode()"
     elsewhere = cli("-c", f"import zlib; from base import suite; print(zlib.crc32({code}))").stdout

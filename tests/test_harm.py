@@ -266,6 +266,7 @@ def test_two_processes_never_work_in_one_folder(tmp_path, delay):
     assert "nothing was done" in here(*command).stdout
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(tmp_path):
     assert kill((*RUN, "--steps", "4000", "--out", tmp_path / "run"), lambda: lines(tmp_path / "run") >= 1)
     assert beside(tmp_path / "run", "lock").exists()

@@ -123,6 +123,7 @@ def test_the_tree_of_a_finished_search_is_drawn_again(runs, tmp_path, capsys):
 WISE = ("--tasks", "tool", "--steps", "30", "--batch-size", "8", "--eval-limit", "20")
 
 
+@pytest.mark.slow
 def test_wise_ft_runs_from_the_base_to_sft(runs, tmp_path):
     """Weight 0 scores as the base does and weight 1 as the run does."""
     source, out = runs("--method", "sft", *WISE), tmp_path / "sft"
@@ -176,6 +177,7 @@ def test_counts_at_published_sizes():
         assert number / 1e9 == pytest.approx(billions, abs=0.005), text
 
 
+@pytest.mark.slow
 def test_memory_and_traffic_of_devices():
     """Copies: 13.5 GB of bfloat16 weights, and a ring that sends 2 (N - 1) / N of 4 bytes for each trained number.
     Split: an eighth of the weights, all of which come twice from the 7 others."""
