@@ -53,10 +53,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         weights = fresh(make, Path(folder))
         print(f"{weights / 1e9:.2f} GB of weights; peak above importing, GB")
-        other = fresh(train, "theirs", "lora", Path(folder))
-        for title, peak in (("transformers and peft", other), ("multilora", fresh(train, "ours", "multilora",
-                                                                                  Path(folder)))):
-            print(f"{title:<24}{peak / 1e9:>8.2f}{peak / other:>8.2f}", flush=True)
+        other, mine = (fresh(train, *who, Path(folder)) for who in (("theirs", "lora"), ("ours", "multilora")))
+        for title, peak in (("transformers and peft", other), ("multilora", mine)):
+            print(f"{title:<24}{peak / 1e9:>8.2f}{peak / other:>8.2f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def compile_layers(model):
         if not shutil.which(compiler):
             raise UserError(f"--compile needs a C++ compiler, and {compiler} is not here: install one, set CXX, or "
                             "leave --compile out")
-    from torch._dynamo import config
+    from torch._dynamo import config, reset
+    reset()  # what the runs before it in this process have compiled counts for the limit below
     # A method may do something of its own at each layer (CS-ReFT does): that is a version of the code for each.
     config.cache_size_limit = max(8, 4 * model.config.num_hidden_layers)
     model.model.compiled = torch.compile(run_layer, dynamic=True)
