@@ -61,7 +61,6 @@ tensor([[0.5379, 0.5379],
 
 import math
 from dataclasses import dataclass, replace
-from itertools import islice
 from statistics import median
 from typing import Annotated, Literal
 
@@ -266,6 +265,7 @@ class CoFiTuneAdapter(Adapter):
     def __init__(self, model, config, trained, linears):
         super().__init__(model)
         self.config, self.linears = config, linears
+        self.prepare_steps = config.importance_batches if config.mask_on != "none" else 0
         self.trained = trained  # {name: parameter}
         self.dtypes = {name: p.dtype for name, p in trained.items()}
         self.masks = {}  # {module name: 1 - I (units,)}, made by prepare() where a mask is wanted
@@ -275,8 +275,7 @@ class CoFiTuneAdapter(Adapter):
         """Importance of the units, before anything has moved."""
         if self.config.mask_on == "none":
             return
-        some = islice(steps, self.config.importance_batches)
-        scores = importance(self.model, self.linears, some, self.config.importance_dropout)
+        scores = importance(self.model, self.linears, steps, self.config.importance_dropout)
         if self.config.mask_source == "random":
             scores = {name: score[torch.randperm(len(score)).to(score.device)] for name, score in scores.items()}
         self.masks = {name: 1 - score for name, score in scores.items()}

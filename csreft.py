@@ -199,6 +199,7 @@ class CSReFTAdapter(Adapter):
             raise UserError(f"--rank {r} with --subspaces {k} and --ortho {config.ortho} needs more orthonormal rows "
                              f"than the hidden width {d} has")
         self.edits = model.csreft = CSReFT(model, config, self.layers).train(model.training)
+        self.prepare_steps = 4 if self.edits.router else 0
         layers = model.model.layers
         layers[0].register_forward_pre_hook(lambda layer, args: self.edits.route(*args))
         for i, number in enumerate(self.layers):
@@ -218,10 +219,8 @@ class CSReFTAdapter(Adapter):
         """Says so where the router would read the same thing for every prompt, so that its gates must be constant."""
         if not self.edits.router:
             return
-        read = []
-        for _, batches in zip(range(4), steps):
-            read += [self.edits.read(self.model.model.embed_tokens(b.ids), b.ctx.prompt_mask) for b in batches]
-        read = torch.cat(read)
+        read = torch.cat([self.edits.read(self.model.model.embed_tokens(b.ids), b.ctx.prompt_mask)
+                          for batches in steps for b in batches])
         self.constant = bool(torch.allclose(read, read[:1].expand_as(read), atol=1e-6))
         if self.constant:
             print(f"note: --route-on {self.config.route_on} reads the same embedding for every prompt, so the gates "

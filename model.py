@@ -177,7 +177,7 @@ class Context:
     # last hidden state is right; None: all are
     cache: Cache | None = None  # None: the whole sequence is in this pass
     positions: torch.Tensor | None = None  # (B, T) or (1, T), filled by the model when None
-    rope: tuple | None = None  # cos and sin of the angles, filled by the model
+    rope: tuple | None = None  # cos and sin for rotate, filled by the model
     mask: torch.Tensor | None = None  # (1 or B, 1, T, slots), 0 where a query sees a slot, else -inf; None: causal
     memory: dict = field(default_factory=dict)  # a method's notes for this pass; while decoding, the cache's
 
@@ -221,9 +221,11 @@ def rope_frequencies(config, device=None):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x_i, x_{i + hd/2}) by its position's angle. x (B, h, T, hd); cos, sin (B or 1, 1, T, hd)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Turns each pair (a, b) = (x_i, x_{i + hd/2}) by its position's angle, to (a cos - b sin, b cos + a sin).
+
+    x (B, h, T, hd); cos, sin (B or 1, 1, T, hd), with -sin in the first half of the channels.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
@@ -321,7 +323,7 @@ class Decoder(nn.Module):
         if self.frequencies is None or self.frequencies.device != ids.device:
             self.frequencies = rope_frequencies(self.config, ids.device)
         angles = ctx.positions[:, None, :, None] * self.frequencies  # (B or 1, 1, T, hd / 2)
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = torch.cat((-angles, angles), dim=-1)  # see rotate; the cosine is the same
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         if ctx.decoding or h.device.type == "cpu" and ids.shape[1] <= SHORT:
             slots = torch.arange(ctx.cache.used if ctx.decoding else ids.shape[1], device=ids.device)
@@ -648,6 +650,8 @@ class Adapter:
     before_step, optimizer.step, after_step.
     """
 
+    prepare_steps = 0  # of how many training steps prepare() wants the data
+
     def __init__(self, model):
         self.model = model
 
@@ -657,8 +661,8 @@ class Adapter:
         return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
 
     def prepare(self, steps):
-        """Called once before the first step, on the unchanged model, with the data of some training steps: an iterable
-        of lists of micro-batches. A continued run calls it too, and then loads its tensors."""
+        """Called once before the first step, on the unchanged model, with the data of the first `prepare_steps` steps:
+        an iterable of lists of micro-batches. A continued run calls it too, and then loads its tensors."""
 
     def penalty(self, ctx):
         """A scalar added to the mean loss of a micro-batch; ctx is the Context of its forward pass."""

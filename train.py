@@ -283,8 +283,9 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, watch=None
     draw = lambda: data.draw(examples, config.batch_size * config.grad_accum, config.seed)
     parts = lambda group: data.micro_batches(group, config.batch_size, model.device)
     collate = lambda part: data.collate(part, pad).to(model.device)
+    some = progress(islice(draw(), adapter.prepare_steps), "preparing, step", adapter.prepare_steps)
     with model.autocast(), devices.prepared(model):  # each process reads all of the examples: all find the same
-        adapter.prepare([collate(part) for part in parts(group)] for group in progress(draw(), "prepared with steps:"))
+        adapter.prepare([collate(part) for part in parts(group)] for group in some)
     optimizer = torch.optim.AdamW(adapter.param_groups(config.lr, config.weight_decay),
                                   fused=model.device.type in ("cpu", "cuda"))
     peaks = [part["lr"] for part in optimizer.param_groups]

@@ -24,6 +24,12 @@ def fill(form, *pieces, trained=False):
     return [s for s in segments if s.text or s.role]
 
 
+def strip(segment, left=True, right=True):
+    """The segment without the spaces at these ends."""
+    text = segment.text.lstrip() if left else segment.text
+    return replace(segment, text=text.rstrip() if right else text)
+
+
 @dataclass
 class Template:
     first: str  # the opening turn of the user
@@ -34,12 +40,15 @@ class Template:
     system: str | None = None  # an opening turn of system text and instruction; None: the same
     end: str | None = None  # the token behind an answer, of a template that spells its BOS; None: EOS, and no BOS
     tokens: tuple = ()  # the special tokens that the tokenizer must have
-    trim: bool = False  # whether spaces around what somebody says are taken off
+    trim: str | None = None  # where spaces are taken off: around each text that is "said", or around a whole "turn"
     marks: tuple = ()  # what all a checkpoint's chat_template holds that is this one
 
     def turn(self, said, opening):
-        """The segments of a user's turn, from {role: [its segments]}."""
-        system, user, given = (said.get(role, []) for role in ("system", "user", "input"))
+        """The segments of a user's turn, from those of what is said in it."""
+        if self.trim:  # a turn that opens with system text begins with markup
+            each, marked = self.trim == "said", opening and any(s.role == "system" for s in said)
+            said = [strip(s, each or s is said[0] and not marked, each or s is said[-1]) for s in said]
+        system, user, given = ([s for s in said if s.role == role] for role in ("system", "user", "input"))
         if opening and given and self.paired and not system:
             return fill(self.paired + self.reply, user, given)
         user = fill("{}\n\n{}", user, given) if given else user
@@ -53,14 +62,14 @@ class Template:
         without a prompt is plain text: no template."""
         if not any(s.role == "user" for s in example.segments):
             return example
-        segments, said, opening = [], {}, True
+        segments, said, opening = [], [], True
         for segment in example.segments:
-            segment = replace(segment, text=segment.text.strip()) if self.trim else segment
             if segment.role == "assistant":
-                segments += self.turn(said, opening) + fill(self.answer, [segment], trained=True)
-                said, opening = {}, False
+                answer = [strip(segment) if self.trim else segment]
+                segments += self.turn(said, opening) + fill(self.answer, answer, trained=True)
+                said, opening = [], False
             else:
-                said.setdefault(segment.role, []).append(segment)
+                said.append(segment)
         if said:  # a question that waits for its answer
             segments += self.turn(said, opening)
         choices = example.choices and [self.answer.replace("{}", choice) for choice in example.choices]
@@ -74,16 +83,17 @@ class Template:
             known = {BOS: "bos_token", EOS: "eos_token"}
             return " + ".join(next(names) if p == "{}" else known.get(p) or json.dumps(p) for p in parts if p) or '""'
 
-        said = "message['content']" + " | trim" * self.trim
+        content, trim = "message['content']", " | trim" * bool(self.trim)
+        first, behind = ("", content + ".rstrip()") if self.trim == "turn" else (trim, "said")  # system text, and then
         bos = self.end is None and tokenizer.encode("")[:1] == [tokenizer.bos_id]
         start = ("bos_token" if bos else '""') + ' + " "' * bool(bos and tokenizer.lead and not tokenizer.respaced)
-        system = text(self.system or "", system="system", user="said") if self.system else text(
+        system = text(self.system or "", system="system", user=behind) if self.system else text(
             self.first, user='(system + "\\n\\n" + said)')
         return (
             "{% if messages[0]['role'] == 'system' %}"
-            f"{{% set system = messages[0]['content']{' | trim' * self.trim} %}}{{% set turns = messages[1:] %}}"
+            f"{{% set system = messages[0]['content']{first} %}}{{% set turns = messages[1:] %}}"
             "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}{{ " + start + " }}"
-            "{% for message in turns %}{% set said = " + said + " %}{% if message['role'] == 'assistant' %}"
+            "{% for message in turns %}{% set said = " + content + trim + " %}{% if message['role'] == 'assistant' %}"
             "{{ " + f"{text(self.reply)} + {text(self.answer, said='said')} + {text(self.end or EOS)}" + " }}"
             "{% elif loop.first and system %}{{ " + system + " }}"
             "{% elif loop.first %}{{ " + text(self.first, user="said") + " }}"
@@ -109,10 +119,10 @@ TEMPLATES = {
                        marks=("<|user|>", "<|assistant|>", "eos_token")),
     "llama2": Template(f"{BOS}[INST] {{}} [/INST]", f"{BOS}[INST] {{}} [/INST]", answer=" {} ",
                        system=f"{BOS}[INST] <<SYS>>\n{{}}\n<</SYS>>\n\n{{}} [/INST]", end=EOS, tokens=(BOS, EOS),
-                       trim=True, marks=("[INST]", "<<SYS>>", "eos_token")),
+                       trim="turn", marks=("[INST]", "<<SYS>>", "eos_token")),
     "llama3": Template(f"{BOS}{LLAMA3['user']}{{}}<|eot_id|>", f"{LLAMA3['user']}{{}}<|eot_id|>", LLAMA3["assistant"],
                        system=f"{BOS}{LLAMA3['system']}{{}}<|eot_id|>{LLAMA3['user']}{{}}<|eot_id|>", end="<|eot_id|>",
-                       tokens=(BOS, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), trim=True,
+                       tokens=(BOS, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), trim="said",
                        marks=("<|start_header_id|>", "<|eot_id|>")),
 }
 

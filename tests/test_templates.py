@@ -43,6 +43,7 @@ ONE = [{"role": "user", "content": "What is 2 + 2?\n\n  It's late."}, {"role": "
 TWO = [{"role": "user", "content": "Und 北京?"}, {"role": "assistant", "content": "élan"}]
 TALKS = [ONE, SYSTEM + ONE, ONE + TWO, SYSTEM + ONE + TWO + ONE]
 SPACED = [{"role": "user", "content": "\n Hi  "}, {"role": "assistant", "content": "  Ho\n"}]  # for those that trim
+SPACED_SYSTEM = [{"role": "system", "content": " \nBe brief.  "}] + SPACED + SPACED
 
 
 def kinds(folder):
@@ -101,7 +102,7 @@ def test_templates_give_the_ids_of_transformers(folders, kind, name):
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders[kind])
     tokenizer = data.Tokenizer.from_pretrained(folders[kind])
     exported = named(name).jinja(tokenizer)
-    for talk in TALKS + [SPACED] * (TEMPLATES[name].trim or kind == "bytes" and name != "plain"):
+    for talk in TALKS + [SPACED, SPACED_SYSTEM] * bool(TEMPLATES[name].trim or kind == "bytes" and name != "plain"):
         found = ours(folders[kind], name, talk)
         for text in {exported, PUBLISHED.get(name, exported)}:
             render = lambda said, text=text, **more: theirs.apply_chat_template(
