@@ -145,26 +145,29 @@ class LlamaConfig:
 
 
 class Cache:
-    """Keys and values of one generation. The slot of a token is its position, so prompts are padded on the right and
-    the tokens that follow overwrite the padding: no row ever sees another row's length.
+    """Keys and values of one generation, in slots. Prompts are padded on the right to the longest, T; the tokens that
+    follow take one slot after the other behind it, in every row alike, whatever their positions. The mask hides the
+    slots of padding: no row ever sees another row's length.
 
     `memory` keeps what a method must remember from token to token (CS-ReFT: its gates).
     """
 
-    def __init__(self, config, batch, length, device, dtype):
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
-        self.layers = [(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-                       for _ in range(config.num_hidden_layers)]
-        self.rows = torch.arange(batch, device=device)
-        self.heads = torch.arange(config.num_key_value_heads, device=device)
-        self.used = length  # slots that hold something: generation attends to no more
-        self.memory = {}
+    def __init__(self, config, lengths, new, dtype):  # lengths (B,) of the prompts; new: tokens that follow, at most
+        T = int(lengths.max())
+        shape = (len(lengths), config.num_key_value_heads, T + new, config.head_dim)
+        empty = lambda: torch.zeros(shape, device=lengths.device, dtype=dtype)
+        self.layers = [(empty(), empty()) for _ in range(config.num_hidden_layers)]
+        slots = torch.arange(T + new, device=lengths.device)
+        hidden = (slots >= lengths[:, None]) & (slots < T)
+        self.mask = torch.zeros(hidden.shape, device=lengths.device, dtype=dtype).masked_fill_(hidden, -math.inf)
+        self.used, self.memory = 0, {}
 
-    def put(self, layer, positions, k, v):
-        """Stores k, v (B, g, T, hd) at positions (B, T); gives all that is stored, as (B, g, slots, hd)."""
+    def put(self, layer, k, v):
+        """Stores k, v (B, g, T, hd) in the next slots; gives all that is stored, as (B, g, slots, hd)."""
+        end = self.used + k.shape[2]
         for kept, new in zip(self.layers[layer], (k, v)):
-            kept[self.rows[:, None, None], self.heads[:, None], positions[:, None]] = new.to(kept.dtype)
-            yield kept[:, :, : self.used].to(new.dtype)
+            kept[:, :, self.used : end] = new
+            yield kept[:, :, :end].to(new.dtype)
 
 
 @dataclass
@@ -245,7 +248,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2), cos, sin)  # (B, g, T, hd)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, g, T, hd)
         if ctx.cache is not None:
-            stored = list(ctx.cache.put(self.index, ctx.positions, k, v))
+            stored = list(ctx.cache.put(self.index, k, v))
             k, v = stored if ctx.decoding else (k, v)
         return self.o_proj(attend(q, k, v, ctx.mask).transpose(1, 2).reshape(B, T, -1))
 
@@ -325,13 +328,17 @@ class Decoder(nn.Module):
         angles = ctx.positions[:, None, :, None] * self.frequencies  # (B or 1, 1, T, hd / 2)
         angles = torch.cat((-angles, angles), dim=-1)  # see rotate; the cosine is the same
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
-        if ctx.decoding or h.device.type == "cpu" and ids.shape[1] <= SHORT:
-            slots = torch.arange(ctx.cache.used if ctx.decoding else ids.shape[1], device=ids.device)
-            hidden = slots > ctx.positions[:, None, :, None]  # a query sees the slots up to its own position
+        if ctx.decoding:
+            ctx.mask = ctx.cache.mask[:, None, None, : ctx.cache.used + 1].to(h.dtype)
+        elif h.device.type == "cpu" and ids.shape[1] <= SHORT:
+            places = torch.arange(ids.shape[1], device=ids.device)
+            hidden = places > ctx.positions[:, None, :, None]  # a query sees the tokens up to its own position
             ctx.mask = torch.zeros(hidden.shape, dtype=h.dtype, device=h.device).masked_fill_(hidden, -math.inf)
         run = self.compiled if self.compiled and self.training else run_layer
         for layer in self.layers:
             h = checkpoint(run, layer, h, ctx, use_reentrant=False) if self.checkpointing else run(layer, h, ctx)
+        if ctx.cache is not None:
+            ctx.cache.used += ids.shape[1]
         return self.norm(h)
 
 
@@ -508,14 +515,15 @@ class Llama(nn.Module):
         ids = torch.zeros(B, T, dtype=torch.long, device=self.device)
         for row, prompt in zip(ids, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
-        cache = Cache(self.config, B, T + max_new_tokens, self.device, self.model.embed_tokens.weight.dtype)
+        cache = Cache(self.config, lengths, max_new_tokens, self.model.embed_tokens.weight.dtype)
         mask = torch.arange(T, device=self.device) < lengths[:, None]
         tasks = None if tasks is None else torch.tensor(tasks, device=self.device)
-        h = self.model(ids, Context(mask, tasks, cache=cache))[cache.rows, lengths - 1]  # (B, d)
+        last = torch.arange(B, device=self.device), lengths - 1
+        h = self.model(ids, Context(mask, tasks, cache=cache))[last]  # (B, d)
         ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):
-            logits = self.lm_head(h)
+            logits = (self.lm_head.weight @ h.T).T  # up to three times as fast on a CPU as h @ W^T
             if temperature > 0:
                 chances = (logits.float() / temperature).softmax(-1)
                 token = torch.multinomial(chances, 1, generator=generator)[:, 0]
@@ -525,7 +533,6 @@ class Llama(nn.Module):
             ended |= torch.isin(token, ends)
             if step == max_new_tokens - 1 or step % 8 == 7 and bool(finished(ended)):  # asking makes the host wait
                 break
-            cache.used = T + step + 1
             h = self.model(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]
         rows = torch.stack(found, dim=1).tolist()
         return [row[: next((i for i, token in enumerate(row) if token in stop), None)] for row in rows]
