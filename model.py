@@ -345,6 +345,7 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------- the model
 
 
+LONG = 64  # new tokens from which on a compiled step is worth its making
 LOGITS = 2**25  # numbers in a piece of the logits whose loss is taken at once: 128 MiB in float32
 
 
@@ -361,6 +362,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dtype = torch.float32  # of the computation, whatever the trained tensors have
+        self.compiled = None  # self.model as torch.compile makes it, for the tokens of long answers
         self.tie_weights()
 
     @property
@@ -522,6 +524,7 @@ class Llama(nn.Module):
         h = self.model(ids, Context(mask, tasks, cache=cache))[last]  # (B, d)
         ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
+        decode = self.compiled if self.compiled and max_new_tokens >= LONG else self.model
         for step in range(max_new_tokens):
             logits = (self.lm_head.weight @ h.T).T  # up to three times as fast on a CPU as h @ W^T
             if temperature > 0:
@@ -533,7 +536,7 @@ class Llama(nn.Module):
             ended |= torch.isin(token, ends)
             if step == max_new_tokens - 1 or step % 8 == 7 and bool(finished(ended)):  # asking makes the host wait
                 break
-            h = self.model(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]
+            h = decode(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]
         rows = torch.stack(found, dim=1).tolist()
         return [row[: next((i for i, token in enumerate(row) if token in stop), None)] for row in rows]
 

@@ -30,7 +30,7 @@ from base import suite as builtin
 from engine import devices
 from engine.best import Best
 from engine.checkpoint import Checkpoint, save_tensors
-from engine.compiled import compile_layers
+from engine.compiled import compile_model
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, signals_kept, told
 from engine.folder import (RunFolder, digest, locked, open_folder, peak_memory, provenance, refuse_inputs, room_for)
 from engine.progress import Log, progress
@@ -101,8 +101,8 @@ class Config:
     save_every: Annotated[int, "steps between two checkpoints, 0 for none", "[0, inf)"] = 100
     grad_checkpointing: Annotated[bool, "keep only each layer's input for the backward pass: less memory, slower"] = \
         False
-    compile: Annotated[bool, "compile the layers for training: a minute or two once, then faster steps; needs a C++ "
-                             "compiler, or a GPU"] = False
+    compile: Annotated[bool, "compile the layers for training, and the generation of answers to score: a minute or "
+                             "two once, then faster steps; needs a C++ compiler, or a GPU"] = False
     shard: Annotated[bool, "split the base's weights over the processes that torchrun starts (FSDP2): for a model that "
                            "does not fit on each device"] = False
     eval_only: Annotated[bool, "score a base, or a run with --adapter, and train nothing"] = False
@@ -434,7 +434,7 @@ def run(config, method_config=None, argv=(), trial=None):
         model = devices.load(config.base, device, dtype, config.shard)
         model.model.checkpointing = config.grad_checkpointing
         if config.compile:
-            compile_layers(model)
+            compile_model(model)
         adapter = start_adapter(model, method, method_config)
         if config.save_every:  # the trained tensors and two moments of each, beside the ones before
             room_for(out, 2 * 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))

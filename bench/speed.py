@@ -10,7 +10,7 @@ decoder where ours has MultiLoRA (n = 3, r = 4), the same rank in all, or trains
 products are those of the step's linear layers, forward and backward, without anything around them.
 
 Each round takes all of them in turns; a ratio is the median over the rounds of their seconds by ours. With --compile
-our steps run as `train.py --compile` does them.
+our steps and tokens are made as `train.py --compile` makes them.
 """
 
 import os
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import train
-from engine.compiled import compile_layers
+from engine.compiled import compile_model
 from engine.flags import Parser, command_line
 from model import Context, Llama, LlamaConfig
 
@@ -38,7 +38,7 @@ def ours(method, folder, ids, labels, compiled=False):
     """(a step of training, numbers that it trains)"""
     model = Llama.from_pretrained(folder).train()
     if compiled:
-        compile_layers(model)
+        compile_model(model)
     module, config = train.method_of(method)
     adapter = train.start_adapter(model, module, config)
     optimizer = torch.optim.AdamW(adapter.param_groups(1e-4, 0.0), fused=True)
@@ -114,12 +114,14 @@ def products(folder, tokens, labelled, everything):
     return step
 
 
-def generation(folder):
+def generation(folder, compiled=False):
     """(ours, theirs): the same greedy tokens."""
     import transformers
 
     ids = torch.randint(3, 500, PROMPTS, generator=torch.Generator().manual_seed(0))
     model, peer = Llama.from_pretrained(folder), transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    if compiled:
+        compile_model(model)
     texts = ids.tolist()
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return (lambda: model.generate(texts, NEW),
@@ -150,7 +152,7 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="of which a ratio is the median (%(default)s)")
     parser.add_argument("--shape", choices=SHAPES, help="one of the two alone")
-    parser.add_argument("--compile", action="store_true", help="compile our layers")
+    parser.add_argument("--compile", action="store_true", help="compile ours")
     parser.add_argument("--peer", choices=("peft", "pyreft"), default="peft",
                         help="pyreft: its LoReFT beside csreft and loreft, in an environment of .ci/pyreft.txt")
     args = parser.parse_args()
@@ -172,9 +174,9 @@ def main():
                 other, b = peer(method, folder, ids, labels)
                 bare = products(folder, B * T, B * (T // 4), method == "sft")
                 row(f"{title}, {method}", f"{a:,} / {b:,}", in_turns((mine, other, bare), args.rounds, 2))
-            if args.compile or peer is not theirs:
+            if peer is not theirs:
                 continue
-            mine, other = generation(folder)
+            mine, other = generation(folder, args.compile)
             assert mine() == other(), "the generated tokens differ"
             row(f"{title}, generate", "", in_turns((mine, other), args.rounds, 1))
 

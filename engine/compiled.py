@@ -1,4 +1,5 @@
-"""`--compile`: torch.compile for the layers, in training alone, where one shape of code runs long enough to earn it."""
+"""`--compile`: torch.compile where one shape of code runs long enough to earn it: for the layers in training, and for a
+whole step where long answers are generated, token after token."""
 
 import os
 import shutil
@@ -9,9 +10,9 @@ import torch
 from model import UserError, run_layer
 
 
-def compile_layers(model):
-    """Layers with equal code share what is compiled at their first pass; hooks of a method are part of it. Raises
-    UserError where there is no compiler."""
+def compile_model(model):
+    """What is compiled is made at its first use; hooks of a method are part of it, and layers with equal code share
+    theirs in training. Raises UserError where there is no compiler."""
     if model.device.type == "cpu":
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         if not shutil.which(compiler):
@@ -22,3 +23,4 @@ def compile_layers(model):
     # A method may do something of its own at each layer (CS-ReFT does): that is a version of the code for each.
     config.cache_size_limit = max(8, 4 * model.config.num_hidden_layers)
     model.model.compiled = torch.compile(run_layer, dynamic=True)
+    model.compiled = torch.compile(model.model.forward, dynamic=True)

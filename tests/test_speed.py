@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import data
 import model as llama
 import train
-from engine.compiled import compile_layers
+from engine.compiled import compile_model
 from model import Context, UserError, attend
 from tests.helpers import perturb, random_ids, settled, tiny
 
@@ -36,7 +36,7 @@ def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
         if compiled:
             torch._dynamo.reset()
             counters.clear()
-            compile_layers(model)
+            compile_model(model)
         model.train()
         optimizer, row = torch.optim.SGD(adapter.param_groups(0.1, 0.0)), []
         for lengths in ((9, 5, 12), (7, 8), (11, 4, 6), (8, 13, 10, 9)):
@@ -55,10 +55,32 @@ def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
     assert counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["multilora", "csreft"])
+def test_compiled_generation_gives_the_same_answers(name):
+    """One step of code for batches and prompts of any size, hooks and gates included; short answers do without it."""
+    from torch._dynamo.utils import counters
+    model = tiny()
+    torch.manual_seed(0)
+    train.start_adapter(model, *settled(name))
+    perturb(model)
+    sizes = ((9, 5, 12), (7, 8), (3, 6, 4, 10))
+    prompts = [[random_ids(model, 1, n, seed=n)[0].tolist() for n in lengths] for lengths in sizes]
+    plain = [model.generate(batch, llama.LONG) for batch in prompts]
+    torch._dynamo.reset()
+    counters.clear()
+    compile_model(model)
+    model.generate(prompts[0], llama.LONG - 1)
+    assert not counters["stats"]
+    assert [model.generate(batch, llama.LONG) for batch in prompts] == plain and len(set(plain[0][0])) > 5
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+
+
 def test_without_a_compiler_compile_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler is not here"):
-        compile_layers(tiny())
+        compile_model(tiny())
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
