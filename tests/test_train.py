@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -211,6 +212,14 @@ def test_a_run_leaves_what_it_promises(runs):
 
 
 @pytest.mark.slow
+def test_the_peak_of_memory_is_the_programs_own():
+    """Not that of the program which started it."""
+    code = "from engine.folder import peak_memory; import torch; print(peak_memory(torch.device('cpu')))"
+    held = b"1" * 2**30
+    peak = int(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True).stdout)
+    assert 2**26 < peak < len(held)
+
+
 def test_the_lowest_loss_on_validation_rows_is_kept_and_samples_are_told(runs):
     """By a second scoring of what the run has saved."""
     out = runs("--method", "lora", *QUICK, "--eval-every", "3", "--keep-best", "--lr", "0.1", "--samples", "3")
