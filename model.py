@@ -505,7 +505,8 @@ class Llama(nn.Module):
         prompts: lists of token ids. stop: the token ids that end a row (not returned). temperature 0 is greedy.
         tasks: the index of each prompt's task, where it is known. finished: whether to end, from a bool for each row
         that says whether it has met a stop.
-        Returns one list of new token ids for each prompt, the same as for that prompt alone.
+        Returns one list of new token ids for each prompt, the same as for that prompt alone. Raises UserError for an
+        empty prompt, for more tokens than the model has positions, and where its numbers overflow.
         """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         B, T = len(prompts), int(lengths.max())
@@ -521,7 +522,13 @@ class Llama(nn.Module):
         mask = torch.arange(T, device=self.device) < lengths[:, None]
         tasks = None if tasks is None else torch.tensor(tasks, device=self.device)
         last = torch.arange(B, device=self.device), lengths - 1
-        h = self.model(ids, Context(mask, tasks, cache=cache))[last]  # (B, d)
+
+        def sound(h):
+            if not finite(h):
+                raise UserError("the model's numbers overflow while it generates: try --dtype float32, or a lower --lr")
+            return h
+
+        h = sound(self.model(ids, Context(mask, tasks, cache=cache))[last])  # (B, d)
         ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)
         decode = self.compiled if self.compiled and max_new_tokens >= LONG else self.model
@@ -537,6 +544,7 @@ class Llama(nn.Module):
             if step == max_new_tokens - 1 or step % 8 == 7 and bool(finished(ended)):  # asking makes the host wait
                 break
             h = decode(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]
+        sound(h)  # NaN in one step is in all that follow
         rows = torch.stack(found, dim=1).tolist()
         return [row[: next((i for i, token in enumerate(row) if token in stop), None)] for row in rows]
 

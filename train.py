@@ -539,6 +539,8 @@ def score_only(config, given=(), argv=()):
             model, *_ = load_run(config.adapter, device, dtype, config.base, config.shard)
         else:
             model = devices.load(config.base, device, dtype, config.shard)
+        if config.compile:
+            compile_model(model)
         own = config.adapter and not config.builtin and not config.eval_data
         if own and "ignore_fields" not in saved.get("asked", {}).get("settings", {}):
             print("this run held out other rows than are drawn today: some that are scored may have been trained on")

@@ -148,11 +148,23 @@ def row(title, counts, seconds):
           flush=True)
 
 
+def profile(step):
+    """Prints which operations take a step's time, without that of the operations they are made of."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(3):
+            step()
+    named = lambda key: key.removeprefix("aten::").replace("_scaled_dot_product_flash_attention_for_cpu", "attention")
+    own = {named(event.key): event.self_cpu_time_total for event in found.key_averages()}
+    most = sorted(own, key=own.get, reverse=True)[:8]
+    print("  ours: " + ", ".join(f"{name} {100 * own[name] / sum(own.values()):.1f} %" for name in most), flush=True)
+
+
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=7, help="of which a ratio is the median (%(default)s)")
     parser.add_argument("--shape", choices=SHAPES, help="one of the two alone")
     parser.add_argument("--compile", action="store_true", help="compile ours")
+    parser.add_argument("--profile", action="store_true", help="say what takes the time of our steps, too")
     parser.add_argument("--peer", choices=("peft", "pyreft"), default="peft",
                         help="pyreft: its LoReFT beside csreft and loreft, in an environment of .ci/pyreft.txt")
     args = parser.parse_args()
@@ -174,6 +186,8 @@ def main():
                 other, b = peer(method, folder, ids, labels)
                 bare = products(folder, B * T, B * (T // 4), method == "sft")
                 row(f"{title}, {method}", f"{a:,} / {b:,}", in_turns((mine, other, bare), args.rounds, 2))
+                if args.profile:
+                    profile(mine)
             if peer is not theirs:
                 continue
             mine, other = generation(folder, args.compile)

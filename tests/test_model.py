@@ -12,7 +12,7 @@ import csreft
 import data
 import multilora
 from base import suite as builtin
-from model import Context, Llama, LlamaConfig, parse_layers, rope_frequencies
+from model import Context, Llama, LlamaConfig, UserError, parse_layers, rope_frequencies
 from tests.helpers import BASE, greedy_without_cache, perturb, random_ids, refused, their_logits, tiny
 
 SMALL = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -193,6 +193,17 @@ def test_sampling_repeats_with_a_seed_and_differs_from_greedy():
     draws = [model.generate([[1, 2]], 20, (), 1.0, torch.Generator().manual_seed(s))[0] for s in (3, 3, 4)]
     assert draws[0] == draws[1] != draws[2]
     assert model.generate([[1, 2]], 20)[0] not in draws
+
+
+@pytest.mark.parametrize("token, temperature", [(1, 0.0), (1, 1.0), (0, 0.0)])
+@torch.no_grad()
+def test_a_model_whose_numbers_overflow_does_not_generate(token, temperature):
+    """In the prompt, or later on."""
+    model = tiny()
+    model.lm_head.weight.zero_()  # the likeliest token is the first one
+    model.model.embed_tokens.weight[token] = torch.inf
+    with pytest.raises(UserError, match="overflow while it generates"):
+        model.generate([[1, 2]], 20, (), temperature)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -211,7 +211,6 @@ def test_a_run_leaves_what_it_promises(runs):
     assert not torch.equal(train.load_run(out)[0](ids), Llama.from_pretrained(BASE)(ids))
 
 
-@pytest.mark.slow
 def test_the_peak_of_memory_is_the_programs_own():
     """Not that of the program which started it."""
     code = "from engine.folder import peak_memory; import torch; print(peak_memory(torch.device('cpu')))"
@@ -220,6 +219,7 @@ def test_the_peak_of_memory_is_the_programs_own():
     assert 2**26 < peak < len(held)
 
 
+@pytest.mark.slow
 def test_the_lowest_loss_on_validation_rows_is_kept_and_samples_are_told(runs):
     """By a second scoring of what the run has saved."""
     out = runs("--method", "lora", *QUICK, "--eval-every", "3", "--keep-best", "--lr", "0.1", "--samples", "3")
