@@ -155,7 +155,7 @@ def profile(step):
             step()
     named = lambda key: key.removeprefix("aten::").replace("_scaled_dot_product_flash_attention_for_cpu", "attention")
     own = {named(event.key): event.self_cpu_time_total for event in found.key_averages()}
-    most = sorted(own, key=own.get, reverse=True)[:8]
+    most = sorted(own, key=own.get, reverse=True)[:6]
     print("  ours: " + ", ".join(f"{name} {100 * own[name] / sum(own.values()):.1f} %" for name in most), flush=True)
 
 
