@@ -84,14 +84,16 @@ class Template:
             return " + ".join(next(names) if p == "{}" else known.get(p) or json.dumps(p) for p in parts if p) or '""'
 
         content, trim = "message['content']", " | trim" * bool(self.trim)
-        first, behind = ("", content + ".rstrip()") if self.trim == "turn" else (trim, "said")  # system text, and then
+        whole = self.trim == "turn"  # then system text has markup around it, and keeps its spaces
         bos = self.end is None and tokenizer.encode("")[:1] == [tokenizer.bos_id]
         start = ("bos_token" if bos else '""') + ' + " "' * bool(bos and tokenizer.lead and not tokenizer.respaced)
-        system = text(self.system or "", system="system", user=behind) if self.system else text(
-            self.first, user='(system + "\\n\\n" + said)')
+        if self.system:
+            system = text(self.system, system="system", user=content + ".rstrip()" if whole else "said")
+        else:
+            system = text(self.first, user='(system + "\\n\\n" + said)')
         return (
             "{% if messages[0]['role'] == 'system' %}"
-            f"{{% set system = messages[0]['content']{first} %}}{{% set turns = messages[1:] %}}"
+            f"{{% set system = messages[0]['content']{trim * (not whole)} %}}{{% set turns = messages[1:] %}}"
             "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}{{ " + start + " }}"
             "{% for message in turns %}{% set said = " + content + trim + " %}{% if message['role'] == 'assistant' %}"
             "{{ " + f"{text(self.reply)} + {text(self.answer, said='said')} + {text(self.end or EOS)}" + " }}"

@@ -14,7 +14,7 @@ import model as llama
 import train
 from engine.compiled import compile_model
 from model import Context, UserError, attend
-from tests.helpers import perturb, random_ids, settled, tiny
+from tests.helpers import QUICK, here, perturb, random_ids, settled, tiny
 
 CPU = torch.device("cpu")
 
@@ -75,6 +75,16 @@ def test_compiled_generation_gives_the_same_answers(name):
     assert not counters["stats"]
     assert [model.generate(batch, llama.LONG) for batch in prompts] == plain and len(set(plain[0][0])) > 5
     assert 1 <= counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("command", [("--method", "sft", *QUICK), ("--eval-only", "--eval-limit", "1")])
+def test_the_flag_is_not_ignored_where_nothing_is_trained_either(command, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("engine.compiled.compile_model", seen.append)
+    here("train.py", *command, "--compile", "--out", tmp_path / "run")
+    assert len(seen) == 1
+    here("train.py", *command, "--out", tmp_path / "plain")
+    assert len(seen) == 1
 
 
 def test_without_a_compiler_compile_is_refused(monkeypatch):
