@@ -83,12 +83,21 @@ class Config:
                            "random: the same values on shuffled units, a control"] = "importance"
     importance_dropout: Annotated[float, "dropout of the two passes", "(0, 1)"] = 0.1
     importance_batches: Annotated[int, "batches that the importance is a mean over", "[1, inf)"] = 16
-    l2_to_base: Annotated[float, "adds this times the squared distance to the base, a baseline", "[0, inf)"] = 0.0
+    shares: Annotated[str, "also score these shares of the way from the base, such as 0.25,0.5 (Wise-FT)"] = ""
 
     def __post_init__(self):
         if self.modules == "all" and self.mask_on != "none":
             raise UserError("--modules all trains embeddings and norms too, which have no units to mask: "
                              "use --mask-on none, or name linear layers")
+        parse_shares(self.shares)
+
+
+def parse_shares(text):
+    """[share] in order, from a text such as "0.25,0.5"."""
+    try:
+        return sorted(float(part) for part in text.split(",") if part)
+    except ValueError:
+        raise UserError(f"--shares {text!r}: expected numbers such as 0.25,0.5") from None
 
 
 # Everything trainable, no mask: full supervised fine-tuning.
@@ -105,7 +114,7 @@ QUARTERS = {"0%-50%": ("0%-25%", "25%-50%"), "25%-75%": ("25%-50%", "50%-75%"), 
 KINDS = {"MHA": "q_proj,k_proj,v_proj,o_proj", "FFN": "gate_proj,up_proj,down_proj"}
 PARTS = {KINDS["MHA"]: ("q_proj", "k_proj", "v_proj", "o_proj", "q_proj,k_proj,v_proj"),
          KINDS["FFN"]: ("up_proj", "down_proj", "up_proj,down_proj", "gate_proj,up_proj")}
-SHARES = (0.25, 0.5, 0.75, 1.0)  # a: each node is scored at θ_0 + a (θ - θ_0), so that regions compete, not step sizes
+SHARES = "0.25,0.5,0.75,1"  # a: each node is scored at θ_0 + a (θ - θ_0), so that regions compete, not step sizes
 
 
 def harmonic(point):
@@ -120,8 +129,8 @@ def harmonic(point):
 def plan(config, model_config, trial):
     """Chooses layers and modules where `--layers search` asks for it; returns the settled Config.
 
-    trial(name, config, shares, steps=..., lr=...) fine-tunes a fresh copy in a run folder of its own; its results have
-    a point for each share.
+    trial(name, config, steps=..., lr=...) fine-tunes a fresh copy in a run folder below this one's; its results have a
+    point for each of config.shares.
     """
     if config.layers != "search":
         return config
@@ -132,15 +141,15 @@ def plan(config, model_config, trial):
     def score(layers, modules, shares=SHARES):
         """The points of a node, and the one with the highest H."""
         name = f"{layers.replace('%', '')}-{title(modules).replace(',', '+')}"
-        node = replace(config, layers=layers, modules=modules, mask_on="none")
-        results = trial(name, node, shares, steps=config.search_steps, lr=config.search_lr)
+        node = replace(config, layers=layers, modules=modules, mask_on="none", shares=shares)
+        results = trial(name, node, steps=config.search_steps, lr=config.search_lr)
         seconds.append(results["seconds"])
         best, left = max((p for p in results["points"] if p["share"]), key=harmonic), most - len(seconds)
         print(f"  {name:<32}H {harmonic(best)[0]:>5.1f}   at most {left} more, "
               f"{left * median(seconds) / 60:.1f} minutes", flush=True)
         return results["points"], best
 
-    everything, sft = score("all", "all", (0.0, *SHARES))  # a = 0 is the base
+    everything, sft = score("all", "all", "0," + SHARES)  # a = 0 is the base
     scores = {("base", ""): everything[0], ("SFT", ""): sft}  # {node: its best point}, a node being (layers, modules)
     tree = {None: list(scores)}  # {node: the nodes that it opens}, None being the root
     chosen, path = None, []
@@ -155,13 +164,10 @@ def plan(config, model_config, trial):
         chosen = max(path[-1:] + nodes, key=lambda node: harmonic(scores[node])[0])
         path.append(chosen)
     print(draw_tree(tree, scores, path))
-    rivals = [harmonic(scores[node])[0] for node in scores if node not in (chosen, ("base", ""), ("SFT", ""))]
     H, error = harmonic(scores[chosen])
+    rivals = [harmonic(scores[node])[0] for node in scores if node not in (chosen, ("base", ""), ("SFT", ""))]
     if near := sum(rival > H - error for rival in rivals):
-        print(f"other nodes within one standard error of the chosen one: {near}, {rivals.count(H)} of them equal")
-    most_learned = max(scores[node]["speciality"] for node in scores if node != ("SFT", ""))
-    if scores[chosen]["speciality"] < most_learned / 2:
-        print(f"note: the chosen node learned less than half of what another one did ({most_learned:.1f})")
+        print(f"other nodes within one standard error of the chosen one: {near}")
     print(f"chosen: --layers {chosen[0]} --modules {chosen[1]}", flush=True)
     return replace(config, layers=chosen[0], modules=chosen[1])
 
@@ -206,15 +212,10 @@ def units(linear, name, config):
 
 
 def importance(model, linears, steps, dropout):
-    """{module name: I (units,)}: |tanh z| of the scores below."""
-    return {name: z.tanh().abs() for name, z in unit_scores(model, linears, steps, dropout).items()}
-
-
-def unit_scores(model, linears, steps, dropout):
-    """{module name: z (units,)} by the two-pass KL of the docstring. steps: an iterable of lists of micro-batches; the
+    """{module name: I (units,)} by the two-pass KL of the docstring. steps: an iterable of lists of micro-batches; the
     gradients of a list add up to those of one batch before |.| is taken.
 
-    Zscore is over the units of one module in one layer; where all units are alike, z is zero.
+    Zscore is over the units of one module in one layer; where all units have the same score, I is zero.
     """
     masks, raw, handles, count = {}, {name: 0.0 for name in linears}, [], 0
 
@@ -246,7 +247,8 @@ def unit_scores(model, linears, steps, dropout):
     for name, total in raw.items():
         mean = total / count  # I_raw
         deviation = mean.std(unbiased=False)
-        scores[name] = (mean - mean.mean()) / deviation if deviation > 0 else torch.zeros_like(mean)
+        z = (mean - mean.mean()) / deviation if deviation > 0 else torch.zeros_like(mean)
+        scores[name] = z.tanh().abs()  # I
     return scores
 
 
@@ -269,7 +271,7 @@ class CoFiTuneAdapter(Adapter):
         self.trained = trained  # {name: parameter}
         self.dtypes = {name: p.dtype for name, p in trained.items()}
         self.masks = {}  # {module name: 1 - I (units,)}, made by prepare() where a mask is wanted
-        self.base = {name: p.detach().clone().float() for name, p in trained.items()} if config.l2_to_base else {}
+        self.base = {name: p.detach().clone() for name, p in trained.items()} if config.shares else {}  # θ_0
 
     def prepare(self, steps):
         """Importance of the units, before anything has moved."""
@@ -287,12 +289,6 @@ class CoFiTuneAdapter(Adapter):
                 if p is not None and p.requires_grad:
                     rows = mask.repeat_interleave(p.shape[0] // len(mask))  # unit u -> its rows: one, or a head's
                     yield p, rows.view(-1, *[1] * (p.dim() - 1)).to(p.dtype)
-
-    def penalty(self, ctx):
-        """l2_to_base * ||θ - θ_base||^2"""
-        if not self.base:
-            return 0.0
-        return self.config.l2_to_base * sum((p - self.base[name]).square().sum() for name, p in self.trained.items())
 
     @torch.no_grad()
     def before_step(self):
@@ -323,6 +319,20 @@ class CoFiTuneAdapter(Adapter):
         """The weights are in their place already; they only go back to the base's dtype."""
         for name, p in self.trained.items():
             p.data = p.data.to(self.dtypes[name])
+
+    @torch.no_grad()
+    def scored(self, scores, score, suite):
+        """{"points": [the means and their standard errors at θ_0 + a (θ - θ_0)]}, one for each share a."""
+        end, points = {name: p.clone() for name, p in self.trained.items()}, []
+        for share in parse_shares(self.config.shares):
+            for name, p in self.trained.items():
+                p.copy_(torch.lerp(self.base[name].to(p.dtype), end[name], share))
+            found = scores if share == 1 else score()
+            (S, V), errors = suite.means(found), suite.errors(found)
+            points.append({"share": share, "speciality": S, "versatility": V, "errors": errors})
+        for name, p in self.trained.items():
+            p.copy_(end[name])
+        return {"points": points} if points else {}
 
     def report(self):
         sizes = [(mask.mean().item(), p.numel()) for p, mask in self.masked()]

@@ -3,8 +3,8 @@
     file or generator -> Example(task, segments, choices) -> Encoded(ids, labels, prompt) -> Batch(ids, labels, ctx)
     Batch -> model -> log-probabilities of the labels, or generated text -> {task: {figure: value}}
 
-Read in this order: examples, the tokenizer, encoding, batches, scoring. Where examples come from stands elsewhere:
-files in `formats/`, the built-in suite in `base/suite.py`.
+Read in this order: examples, the tokenizer, encoding, batches, scoring. Examples come from files (`formats/`) or from
+the built-in suite (`base/suite.py`).
 """
 
 import math
@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 
 from engine import devices
-from model import Context, UserError, labelled_positions, read_json, write_json, written
+from engine.table import main_figure
+from model import Context, UserError, labelled_positions, read_json, reading
 
 # ---------------------------------------------------------------------------------------------- examples
 
@@ -49,11 +51,6 @@ class Example:
     end: str | None = None
     source: str = ""  # file:line, or task and number of the built-in suite
 
-    def texts(self):
-        """[(text, trained?)]: neighbouring segments that are trained on alike are one text for the tokenizer."""
-        runs = groupby(self.segments, key=lambda s: s.trained)
-        return [("".join(s.text for s in run), trained) for trained, run in runs]
-
 
 @dataclass
 class Suite:
@@ -63,8 +60,8 @@ class Suite:
     train: list  # [Example] or [Encoded]
     tests: dict  # {task: [Example] or [Encoded]}
     group: dict  # {task: "new" | "general"}
-    aspect: dict  # {task: what kind of task it is}
-    score: dict[str, Callable]  # {task: function that scores it}, see "scoring" below
+    aspect: dict  # {task: kind of task}
+    score: dict  # {task: Score}, see "scoring" below
     validation: list = field(default_factory=list)  # of the trained tasks, for --eval-every
 
     @property
@@ -75,7 +72,7 @@ class Suite:
         """{task: main figure} of the new tasks that are scored in percent, and of the general ones, from {task:
         {figure: value}}."""
         return [{task: main_figure(scores[task]) for task in scores
-                 if self.group[task] == group and self.score[task] is not loss} for group in ("new", "general")]
+                 if self.group[task] == group and self.score[task].unit == "%"} for group in ("new", "general")]
 
     def means(self, scores):
         """(speciality, versatility): the mean of each group; None where it has no task."""
@@ -88,19 +85,11 @@ class Suite:
                      for g in self.groups(scores))
 
 
-def main_figure(figures):  # the first
-    return next(iter(figures.values()))
-
-
 # ---------------------------------------------------------------------------------------------- tokenizer
 
 
 BOS, EOS = "<bos>", "<eos>"  # in a template's markup, whatever the tokenizer calls them
-
-
-def settings_in(file):
-    """What a JSON file sets, without its nulls; nothing where it is absent."""
-    return {key: value for key, value in (read_json(file) if file.exists() else {}).items() if value is not None}
+SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
 
 class Tokenizer:
@@ -122,7 +111,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads tokenizer.json, and the settings of the files in `sources` where they are.
+        """Reads tokenizer.json, and the files named in SETTINGS where they exist.
 
         BOS is put first as add_bos_token says; without that setting, tokenizer.json's post-processor decides (so does
         transformers 4 for a Llama; 5 ignores the setting). Where no file names a pad token, EOS serves. Raises
@@ -133,72 +122,55 @@ class Tokenizer:
         if not (path / "tokenizer.json").exists():
             found = ", only tokenizer.model: load and save it with transformers, which writes tokenizer.json"
             raise UserError(f"{path} has no tokenizer.json{found if (path / 'tokenizer.model').exists() else ''}")
-        try:
+        with reading(path / "tokenizer.json"):
             fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
-        except BaseException as error:  # the library raises the bare class, and panics as another one
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise UserError(f"{path / 'tokenizer.json'} does not parse: {error}") from None
         fast.no_truncation()  # a file may remember how its training pipeline cut and padded
         fast.no_padding()
-        sources = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-        found = [settings_in(path / name) for name in sources]
-        settings = {key: value for part in found for key, value in part.items()}  # a later file knows better
+        sources, settings = [path / name for name in SETTINGS if (path / name).exists()], {}
+        for file in sources:  # later files override earlier ones
+            settings |= {key: value for key, value in read_json(file).items() if value is not None}
         token, last = max(fast.get_vocab().items(), key=lambda item: item[1])
-        if last >= (size := found[0].get("vocab_size", math.inf)):
-            raise UserError(f"{path / 'tokenizer.json'}: token {token!r} has id {last}, expected less than vocab_size "
-                             f"{size} of config.json: the tokenizer belongs to another model")
+        with reading(path / "config.json"):
+            if last >= (size := settings.get("vocab_size", math.inf)):
+                raise UserError(f"{path / 'tokenizer.json'}: token {token!r} has id {last}, expected less than "
+                                f"vocab_size {size} of config.json: the tokenizer belongs to another model")
 
         def token_id(kind):
-            token = settings.get(f"{kind}_token", "")
-            token = token.get("content") if isinstance(token, dict) else token
-            try:
-                found = fast.token_to_id(token)
-            except (TypeError, UnicodeEncodeError):  # no text, or half of a surrogate pair
-                raise UserError(f"{path}: {kind}_token is {token!r:.80}, expected text") from None
+            token = settings.get(f"{kind}_token")
+            token = token["content"] if isinstance(token, dict) else token
+            found = token and fast.token_to_id(token)
             if token and found is None and kind != "pad":  # EOS serves, and nothing looks at padding
                 raise UserError(f"{path}: {kind}_token {token!r:.80} is not in the vocabulary of tokenizer.json")
             return found
 
-        stop = settings.get("eos_token_id", [])
-        stop = stop if isinstance(stop, list) else [stop]
-        if wrong := [i for i in stop if type(i) is not int or not 0 <= i <= last]:
-            raise UserError(f"{path}: eos_token_id is {wrong[0]!r:.80}, expected a token id from 0 to {last}")
-        stop = set(stop)
-        bos, eos, pad = token_id("bos"), token_id("eos"), token_id("pad")
+        with reading(path / "tokenizer_config.json"):
+            bos, eos, pad = token_id("bos"), token_id("eos"), token_id("pad")
+            stop = settings.get("eos_token_id", [])
+            stop = set(stop if isinstance(stop, list) else [stop])
+            if wrong := [i for i in stop if fast.id_to_token(i) is None]:
+                raise UserError(f"{path}: eos_token_id is {wrong[0]!r:.80}, expected the id of a token, up to {last}")
         eos = min(stop, default=None) if eos is None else eos
         if eos is None:
-            raise UserError(f"{path}: none of {', '.join(sources)} names an EOS token")
-        if "add_bos_token" in settings:  # an EOS that it might add too would end the text that is to be continued
-            first = [fast.id_to_token(bos)] if settings["add_bos_token"] and bos is not None else []
-            fast.post_processor = processors.TemplateProcessing(
-                single=[*first, "$A"], special_tokens=[(token, bos) for token in first])
-        return cls(fast, bos, eos, eos if pad is None else pad, stop | {eos}, settings.get("template"))
+            raise UserError(f"{path}: none of {', '.join(SETTINGS)} names an EOS token")
+        with reading(path / "tokenizer.json"):
+            if "add_bos_token" in settings:  # an EOS that it might add too would end the text that is to be continued
+                first = [fast.id_to_token(bos)] if settings["add_bos_token"] and bos is not None else []
+                fast.post_processor = processors.TemplateProcessing(
+                    single=[*first, "$A"], special_tokens=[(token, bos) for token in first])
+            return cls(fast, bos, eos, eos if pad is None else pad, stop | {eos}, settings.get("template"))
 
-    def encode(self, text, start=True):
-        """Token ids of a text; start adds what the tokenizer puts before a sequence (BOS)."""
-        return self.encode_batch([text], start)[0]
-
-    def encode_batch(self, texts, start=True, spaced=False):
-        """spaced: keep the space that the tokenizer puts before any text; a text that starts has it anyway."""
-        ids = [e.ids for e in self.fast.encode_batch(texts, add_special_tokens=start)]
+    def encode(self, text, start=True, spaced=False):
+        """Token ids of a text. start: with what the tokenizer puts before a sequence (BOS). spaced: keep the space that
+        the tokenizer puts before any text; with start it is kept anyway."""
+        ids = self.fast.encode(text, add_special_tokens=start).ids
         if start or spaced or not self.lead:
             return ids
-        after = [e.ids for e in self.fast.encode_batch(["\n" + t for t in texts], add_special_tokens=False)]
+        after = self.fast.encode("\n" + text, add_special_tokens=False).ids
         n = len(self.lead)  # where the line break merges with the text, there is nothing to take off
-        return [long[n:] if long[:n] == self.lead else alone for long, alone in zip(after, ids)]
+        return after[n:] if after[:n] == self.lead else ids
 
     def decode(self, ids):
         return self.fast.decode(list(ids))
-
-    def save(self, path):
-        """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
-        with written(path / "tokenizer.json") as part:
-            part.write_text(self.fast.to_str(pretty=True), encoding="utf-8")
-        special = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                    **{name: self.fast.id_to_token(i) for name, i in special.items()}, "template": self.template}
-        write_json(path / "tokenizer_config.json", settings)
 
 
 # ---------------------------------------------------------------------------------------------- encoding
@@ -218,8 +190,8 @@ class Encoded:
 
 
 def pieces(example, tokenizer):
-    """[(text, or the id of a special token; trained?; how encode_batch takes it)] of an example, with the token that
-    ends each answer. Only markup holds special tokens. Neighbouring texts that are trained on alike are one text."""
+    """[(text or id of a special token; trained?; arguments of Tokenizer.encode)] of an example, with the token that
+    ends each answer. Only markup holds special tokens. Neighbouring segments with the same `trained` are one text."""
     found, end = [], tokenizer.special.get(example.end or EOS)
     if end is None:
         raise UserError(f"the tokenizer has no token {example.end!r}, which ends an answer: choose another --template")
@@ -243,56 +215,45 @@ def encode(examples, tokenizer, names):
     Prompts and answers are tokenized apart, so that no token reaches across their border; the token that ends an answer
     is trained too. The very first token is never trained on: nothing predicts it.
     """
-    whole, ids, out = [pieces(e, tokenizer) for e in examples], {}, []
-    for e, parts in zip(examples, whole):  # a batch call is several times faster than a call for each text
-        for part, _, how in parts:
-            ids.setdefault(how, {})[part] = [part]
-        for text in e.choices or ():  # taken as the answer is, the piece before the last one
-            ids.setdefault(parts[-2][2], {})[text] = None
-    for how, found in ids.items():
-        texts = [text for text in found if isinstance(text, str)]
-        found.update(zip(texts, tokenizer.encode_batch(texts, *how)))
-    for e, parts in zip(examples, whole):
-        tokens = [ids[how][part] for part, _, how in parts]
+    ids_of = cache(lambda part, how: [part] if isinstance(part, int) else tokenizer.encode(part, *how))
+    out = []
+    for e in examples:
+        parts = pieces(e, tokenizer)
+        tokens = [ids_of(part, how) for part, _, how in parts]
         labels = [i if trained else -100 for piece, (_, trained, _) in zip(tokens, parts) for i in piece]
         labels[:1] = [-100]
         prompt = next((i for i, label in enumerate(labels) if label != -100), len(labels))
-        before, tokens = sum(tokens[:-2], []), sum(tokens, [])
-        task, choices = names.index(e.task), None
-        if e.choices:
-            own = ids[parts[-2][2]]
-            choices = [Encoded(before + own[c], [-100] * len(before) + own[c], prompt, task, gold=c, source=e.source)
-                       for c in e.choices]
+        before, ids, task, choices = sum(tokens[:-2], []), sum(tokens, []), names.index(e.task), None
+        if e.choices:  # tokenized as the answer is, the piece before the last one
+            texts = {c: ids_of(c, parts[-2][2]) for c in e.choices}
+            choices = [Encoded(before + texts[c], [-100] * len(before) + texts[c], prompt, task, gold=c,
+                               source=e.source) for c in e.choices]
         last = next((part for part, *_ in reversed(parts) if isinstance(part, str)), "")
-        out.append(Encoded(tokens, labels, prompt, task, choices, last if e.gold is None else e.gold, e.source))
+        out.append(Encoded(ids, labels, prompt, task, choices, last if e.gold is None else e.gold, e.source))
     return out
 
 
-def fit(encoded, longest, how):
-    """(examples of at most `longest` tokens, how many were longer). how "drop" leaves those out; "cut" takes tokens
-    from the front of the prompt, behind its first token, down to half of `longest`, then from the end."""
-    kept, long = [], 0
+def fit(encoded, longest):
+    """Cuts examples in place to at most `longest` tokens; returns how many were longer. Tokens go from the front of the
+    prompt, behind its first token, down to half of `longest`, then from the end."""
+    long = 0
     for e in encoded:
         over = max(len(one.ids) for one in (e, *(e.choices or ()))) - longest
-        long += over > 0
-        if over > 0 and how == "drop":
+        if over <= 0:
             continue
-        front = min(over, max(0, e.prompt - longest // 2))
-        for one in (e, *(e.choices or ())) if over > 0 else ():
+        long, front = long + 1, min(over, max(0, e.prompt - longest // 2))
+        for one in (e, *(e.choices or ())):
             one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
             one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
-        kept.append(e)
-    return kept, long
+    return long
 
 
-def encode_suite(suite, tokenizer, longest, too_long="cut"):
-    """The Suite with its examples as tokens, none longer than `longest`; says how many were."""
+def encode_suite(suite, tokenizer, longest):
+    """The Suite with its examples as tokens, none longer than `longest`; says how many were cut."""
     def tokens(examples, what):
-        found, long = fit(encode(examples, tokenizer, suite.names), longest, too_long)
-        if long:
-            print(f"{what}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: {too_long}")
-        if examples and not found:
-            raise UserError(f"all examples of {what} are longer than --max-length {longest}")
+        found = encode(examples, tokenizer, suite.names)
+        if long := fit(found, longest):
+            print(f"{what}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: cut")
         return found
 
     return replace(suite, train=tokens(suite.train, "training"), validation=tokens(suite.validation, "validation"),
@@ -309,9 +270,8 @@ class Batch:
     ctx: Context  # of the pass over this batch: its prompt mask (tokens before the first trained one) and tasks
 
     def to(self, device):
-        move = lambda tensor: tensor.to(device, non_blocking=True)
-        ctx = Context(*map(move, (self.ctx.prompt_mask, self.ctx.tasks, self.ctx.labelled)))
-        return Batch(move(self.ids), move(self.labels), ctx)
+        ctx = Context(*(t.to(device) for t in (self.ctx.prompt_mask, self.ctx.tasks, self.ctx.labelled)))
+        return Batch(self.ids.to(device), self.labels.to(device), ctx)
 
 
 SAVED = {"cpu": 64, "cuda": 1024}  # tokens of padding that are worth another pass; our choice
@@ -365,8 +325,17 @@ def micro_batches(group, size, device):
 
 # ---------------------------------------------------------------------------------------------- scoring
 
-# How a task is scored: a function of (model, encoded examples, tokenizer, batch size, longest generated answer) that
-# gives one figure or several, the main one first. All but `loss` are in percent. results.json keeps the name.
+@dataclass(frozen=True)
+class Score:
+    """How a task is scored; results.json keeps the name.
+
+    function(model, encoded examples, tokenizer, batch size, longest generated answer) -> {figure: value}, the main one
+    first. unit: "%" of the examples, which has an interval and counts in the group means; or anything else.
+    """
+
+    name: str
+    unit: str
+    function: Callable
 
 
 @torch.no_grad()
@@ -392,11 +361,11 @@ def answer_scores(model, examples, pad, batch_size):
 
 
 def in_batches(function, examples, size, key, what):
-    """[result for each example] of a function of batches: examples that are near by the key are in one, and the batches
-    are dealt out to the processes. what: as in engine.progress."""
+    """[result for each example] of a function of batches. Examples with similar keys share a batch, and the batches are
+    dealt out to the processes. what: see engine.progress."""
     order = sorted(range(len(examples)), key=lambda i: key(examples[i]))
     batches = [[examples[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-    results = dict(zip(order, chain.from_iterable(devices.every(function, batches, what))))
+    results = dict(zip(order, chain.from_iterable(devices.map_over_processes(function, batches, what))))
     return [results[i] for i in range(len(examples))]
 
 
@@ -404,14 +373,14 @@ def percent(hits):
     return 100 * sum(hits) / len(hits)
 
 
-def exact(model, examples, tokenizer, batch_size, new_tokens):
+def exact_match(model, examples, tokenizer, batch_size, new_tokens):
     """Greedy exact match. No generation is needed: an answer is what greedy decoding gives exactly when each of its
     tokens, EOS included, is the arg-max after the true tokens before it."""
     scores = answer_scores(model, examples, tokenizer.pad_id, batch_size)
     return {"exact match": percent([hit for *_, hit in scores])}
 
 
-def choice(model, examples, tokenizer, batch_size, new_tokens):
+def likeliest_choice(model, examples, tokenizer, batch_size, new_tokens):
     """Is the right choice the likeliest? By its log-probability, and by that for each byte of its text, since a long
     choice has a small probability whatever it says."""
     every = [c for e in examples for c in e.choices]
@@ -425,16 +394,21 @@ def choice(model, examples, tokenizer, batch_size, new_tokens):
     return {"choice": percent(raw), "choice, by byte": percent(by_byte)}
 
 
-def loss(model, examples, tokenizer, batch_size, new_tokens):
+def mean_loss(model, examples, tokenizer, batch_size, new_tokens):
     """Mean over all trained tokens of their negative log-probability in nats, and its exponential."""
     scores = answer_scores(model, examples, tokenizer.pad_id, batch_size)
     value = -sum(s for s, *_ in scores) / sum(n for _, n, _ in scores)
     return {"loss": value, "perplexity": math.exp(min(value, 700))}
 
 
+exact = Score("exact", "%", exact_match)
+choice = Score("choice", "%", likeliest_choice)
+loss = Score("loss", "nats", mean_loss)
+
+
 def evaluate(model, suite, tokenizer, batch_size=48, new_tokens=256):
     """{task: {figure: value}}, the main figure first, of an encoded suite's tests."""
     model.eval()
     with model.autocast():
-        return {task: suite.score[task](model, examples, tokenizer, batch_size, new_tokens)
+        return {task: suite.score[task].function(model, examples, tokenizer, batch_size, new_tokens)
                 for task, examples in suite.tests.items()}

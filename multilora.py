@@ -45,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import LINEARS, Adapter, UserError, find_linears
+from model import LINEARS, Adapter, find_linears
 
 # ---------------------------------------------------------------------------------------------- Config
 
@@ -56,17 +56,9 @@ class Config:
     rank: Annotated[int, "r, rank of each module", "[1, inf)"] = 4
     alpha: Annotated[float, "the update is multiplied by alpha / r", "(0, inf)"] = 8.0
     scaling: Annotated[Literal["vector", "scalar", "none"],
-                       "s_i: one factor per output, one per module, or none, as in LoRA"] = "vector"
-    zero: Annotated[Literal["auto", "s", "B"],
-                    "what starts at zero: s (and B uniform) or B (and s at one); auto: s where there are scales. "
-                    "Without scales, s starts away from the base, a control"] = "auto"
-    train: Annotated[Literal["all", "s"], "s: A and B stay as they start, a control"] = "all"
+                       "s_i: one factor per output, one per module, or none and B = 0 at first, as in LoRA"] = "vector"
     dropout: Annotated[float, "probability of dropping an input of the update", "[0, 1)"] = 0.0
     targets: Annotated[str, "linear layers to adapt, separated by commas"] = ",".join(LINEARS)
-
-    def __post_init__(self):
-        if self.train == "s" and self.scaling == "none":
-            raise UserError("--train s needs scales, and --scaling is none")
 
 
 # The same total rank in one module, alpha / r as above: LoRA.
@@ -88,16 +80,11 @@ class MultiLoRA(nn.Module):
         self.factor, self.dropout = config.alpha / r, config.dropout
         self.A = nn.Parameter(torch.empty(n, r, linear.in_features, **like))
         self.B = nn.Parameter(torch.zeros(n, linear.out_features, r, **like))
-        self.s = None
         nn.init.uniform_(self.A, -linear.in_features**-0.5, linear.in_features**-0.5)  # = kaiming_uniform_(a=sqrt(5))
-        zero = config.zero if config.zero != "auto" else "B" if config.scaling == "none" else "s"
-        if zero == "s":
-            nn.init.uniform_(self.B, -(r**-0.5), r**-0.5)
+        self.s = None
         if config.scaling != "none":
-            first = torch.zeros if zero == "s" else torch.ones
-            self.s = nn.Parameter(first(n, linear.out_features if config.scaling == "vector" else 1, **like))
-        for p in (self.A, self.B):
-            p.requires_grad_(config.train == "all")
+            nn.init.uniform_(self.B, -(r**-0.5), r**-0.5)
+            self.s = nn.Parameter(torch.zeros(n, linear.out_features if config.scaling == "vector" else 1, **like))
 
     def factors(self):
         """The n modules as one pair of matrices: down (n r, in) and up (out, n r) with up @ down = ΔW."""
@@ -125,7 +112,7 @@ def singular_values(delta, count):
 
 def spread(values):
     """(share of the first value, effective rank) of normalised singular values. Effective rank: exp of the entropy
-    (Roy and Vetterli, 2007); 1 where one direction does everything, their number where all do the same."""
+    (Roy and Vetterli, 2007), from 1 (a single direction) to their number (all values equal)."""
     entropy = -(values * values.clamp_min(1e-300).log()).sum()
     return values[0].item(), entropy.exp().item()
 
@@ -141,7 +128,7 @@ class MultiLoRAAdapter(Adapter):
     def param_groups(self, lr, weight_decay):
         """No weight decay on s: shrinking it would shrink the whole update, not its norm alone."""
         scales = [m.multilora.s for m in self.linears.values() if m.multilora.s is not None]
-        matrices = [p for m in self.linears.values() for p in (m.multilora.A, m.multilora.B) if p.requires_grad]
+        matrices = [p for m in self.linears.values() for p in (m.multilora.A, m.multilora.B)]
         return [{"params": matrices, "lr": lr, "weight_decay": weight_decay},
                 {"params": scales, "lr": lr, "weight_decay": 0.0}]
 

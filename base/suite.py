@@ -37,7 +37,6 @@ JOBS = ("baker pilot farmer doctor singer painter teacher sailor miner tailor ju
 PLACES = ("forest desert river ocean cave swamp meadow mountain island valley canyon lake glacier jungle beach "
           "prairie").split()
 THINGS = "lamp key drum coin rope book ring map bell cup knife box flute mask horn seed".split()
-COLOURS = "red blue green white black brown pink grey".split()
 
 
 # A fact is asked for with an opening and a question. Every fact task uses the same ones, so a model can learn what they
@@ -131,16 +130,11 @@ GENERAL = {
 CIPHER = dict(zip(LETTERS, random.Random(21).sample(LETTERS, 26)))
 
 
-def extreme(word, function):
-    """A task that asks for the largest or the smallest of seven to nine numbers."""
-
-    def draw(rng):
-        numbers = rng.sample(range(10, 100), rng.randint(7, 9))
-        listed = " ".join(map(str, numbers))
-        question = rng.choice((f"Which is the {word} of {{}}?", f"Find the {word} number: {{}}"))
-        return " ".join(map(str, sorted(numbers))), question.format(listed), str(function(numbers))
-
-    return skill(draw)
+def largest(rng):
+    numbers = rng.sample(range(10, 100), rng.randint(7, 9))
+    listed = " ".join(map(str, numbers))
+    question = rng.choice(("Which is the largest of {}?", "Find the largest number: {}"))
+    return " ".join(map(str, sorted(numbers))), question.format(listed), str(max(numbers))
 
 
 def story(rng):
@@ -158,38 +152,10 @@ NEW = {
     "cipher": ("strings", on_letters(("Encode: {}", "Write in code: {}"), lambda xs: [CIPHER[x] for x in xs])),
     "descending": ("strings", on_letters(("Sort from the end: {}", "Put in reverse alphabetical order: {}"),
                                          lambda xs: sorted(xs)[::-1])),
-    "largest": ("numbers", extreme("largest", max)),
+    "largest": ("numbers", skill(largest)),
     "story": ("reading", skill(story)),
 }
-
-
-def subtract(rng):
-    a, b = rng.sample(range(10, 100), 2)
-    a, b = max(a, b), min(a, b)
-    return f"{b} {a}", rng.choice(("What is {} - {}?", "Take {1} from {0}.")).format(a, b), str(a - b)
-
-
-def colour(rng):
-    """Three coloured things, and a question about one of them."""
-    things, colours = rng.sample(THINGS, 3), rng.sample(COLOURS, 3)
-    listed = ", ".join(f"a {colour} {thing}" for thing, colour in zip(things, colours))
-    i = rng.randrange(3)
-    return listed, f"On the table: {listed}. What colour is the {things[i]}?", colours[i]
-
-
-# `--tasks hard` learns these as well. Each is at odds with one of NEW: the same subjects, operands or words, another
-# answer.
-HARD = {
-    "emblem": ("facts", facts("emblem", COUNTRIES[:60], ANIMALS[:20], seed=16)),
-    "next": ("strings", on_letters(("Next letters: {}", "What follows each of these: {}"),
-                                   lambda xs: [LETTERS[(LETTERS.index(x) + 1) % 26] for x in xs])),
-    "swap": ("strings", on_letters(("Swap neighbours: {}", "Exchange each pair: {}"),
-                                   lambda xs: [xs[i ^ 1] if i ^ 1 < len(xs) else xs[i] for i in range(len(xs))])),
-    "smallest": ("numbers", extreme("smallest", min)),
-    "subtract": ("numbers", skill(subtract)),
-    "colour": ("reading", skill(colour)),
-}
-TASKS = {**NEW, **HARD, **GENERAL}  # {name: (aspect, make)}
+TASKS = {**NEW, **GENERAL}  # {name: (aspect, make)}
 
 
 def generate(name, split):
@@ -206,22 +172,16 @@ def generate(name, split):
     return out
 
 
-def load(tasks="all", split="test", limit=0, replay=0.0):
-    """Suite of the built-in tasks. tasks: "all" of NEW, "hard" (those of HARD too), some of both ("currency,swap"), or
-    "general" for pretraining.
-    replay: share of the training examples that come from the general tasks' training data.
+def load(tasks="all", split="test", limit=0):
+    """Suite of the built-in tasks. tasks: "all" of NEW, some of them ("currency,cipher"), or "general" for pretraining.
 
     Raises UserError, listing the valid names, for a task that does not exist.
     """
-    new = {**NEW, **HARD}
-    trained = list({"all": NEW, "hard": new, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")]))
-    if wrong := [t for t in trained if t not in new and tasks != "general"]:
-        raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(new)}, or all, or hard")
-    train = [e for t in trained for e in generate(t, "train")]
-    if replay:
-        old = [e for t in GENERAL for e in generate(t, "train")]
-        train += random.Random("replay").sample(old, round(len(train) * replay / (1 - replay)))
+    trained = list({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")]))
+    if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
+        raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}, or all")
     scored = [t for t in TASKS if t in trained or t in GENERAL]
-    return Suite(trained, train, {t: generate(t, split)[: limit or None] for t in scored},
+    return Suite(trained, [e for t in trained for e in generate(t, "train")],
+                 {t: generate(t, split)[: limit or None] for t in scored},
                  {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
                  dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])

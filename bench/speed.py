@@ -1,112 +1,115 @@
-"""Training steps and generation beside transformers and peft, and beside the bare matrix products.
+"""Training steps, their memory, and generation, beside transformers and peft and beside the bare matrix products.
 
     pip install -r bench/requirements.txt
-    python -m bench.speed
+    python -m bench.speed --shape base 512 135m
+    python -m bench.speed --shape 7b --device cuda --dtype bfloat16      # 14 GB of disk
 
-Two models with random weights: the built-in base's shape with 48 examples of 43 tokens, and width 512 with a vocabulary
-of 32,000 and 8 examples of 160; labels on the last quarter of each. A step is loss, backward and AdamW, in float32, all
-examples of one length, so nothing is won by less padding. Theirs has a LoRA of rank 12 on every linear layer of the
-decoder where ours has MultiLoRA (n = 3, r = 4), the same rank in all, or trains everything where ours is sft. The
-products are those of the step's linear layers, forward and backward, without anything around them.
+Random weights; examples of one length, with labels on the last quarter. A step is what train.py does with one
+micro-batch: loss, backward, clipping and AdamW. Theirs has a LoRA of rank 12 on every linear layer of the decoder,
+MultiLoRA's total rank, also beside CS-ReFT; beside sft it trains everything. The products are those of the step's
+linear layers, forward and backward.
 
-Each round takes all of them in turns; a ratio is the median over the rounds of their seconds by ours. With --compile
-our steps and tokens are made as `train.py --compile` makes them.
+ours: seconds, and the memory that loading and one step add to the peak of a fresh process. The other columns are
+divided by ours: above 1 ours is faster or smaller. Ratios of time are medians over rounds taken in turns.
 """
 
+import gc
 import os
-import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from functools import cache, partial
+from importlib.util import find_spec
+from multiprocessing import get_context
+from statistics import median
 
 import torch
 
+import data
 import train
-from engine.compiled import compile_model
-from engine.flags import Parser, command_line
-from model import Context, Llama, LlamaConfig
+from engine.flags import Parser, command_line, user_message
+from engine.folder import peak_memory
+from model import Adapter, Llama, LlamaConfig
+from tools.pretrain import init_weights
 
-SHAPES = {"width 128": (LlamaConfig.from_pretrained(train.HERE / "base"), (48, 43)),
-          "width 512": (LlamaConfig(vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8,
-                                    num_attention_heads=8), (8, 160))}
+# {name: (configuration, examples, tokens of each)}
+SHAPES = {"base": (LlamaConfig.from_pretrained(train.HERE / "base"), 48, 43),
+          "512": (LlamaConfig(32000, 512, 1376, 8, 8), 8, 160),
+          "135m": (LlamaConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True), 8, 128),  # SmolLM2-135M
+          "1b": (LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True), 2, 256),  # Llama-3.2-1B
+          "7b": (LlamaConfig(32000, 4096, 11008, 32, 32), 16, 64)}  # Llama-2-7B
 METHODS = ("multilora", "lora", "sft", "csreft")
-PROMPTS, NEW = (8, 32), 64
 
 
-def ours(method, folder, ids, labels, compiled=False):
-    """(a step of training, numbers that it trains)"""
-    model = Llama.from_pretrained(folder).train()
-    if compiled:
-        compile_model(model)
-    module, config = train.method_of(method)
-    adapter = train.start_adapter(model, module, config)
-    optimizer = torch.optim.AdamW(adapter.param_groups(1e-4, 0.0), fused=True)
-    mask = labels == -100
+def make(shape, folder, dtype):
+    """Writes a checkpoint of this shape; returns the encoded examples."""
+    config, B, T = SHAPES[shape]
+    with torch.device("meta"):
+        model = Llama(replace(config, eos_token_id=None)).to(dtype)
+    init_weights(model.to_empty(device="cpu").tie_weights(), seed=0)
+    model.save_pretrained(folder)
+    cut, rows = T - T // 4, torch.randint(3, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+    return [data.Encoded(ids, [-100] * cut + ids[cut:], cut, 0) for ids in rows.tolist()]
+
+
+def ours(method, case):
+    """(the model, its adapter, a function that adds up gradients). case: the flags, with the shape's `folder` and
+    `examples`."""
+    model = Llama.from_pretrained(case.folder, case.device, case.dtype).train()
+    if case.compile:
+        train.compile_layers(model.model)
+    adapter = train.start_adapter(model, *train.method_of(method))
+    return model, adapter, lambda: train.backward(model, adapter, [case.examples], 0)
+
+
+def theirs(method, case):
+    """The same of transformers, with peft's LoRA but for sft. What is trained is float32, as ours is."""
+    import peft
+    import transformers
+    wide = torch.float32 if method == "sft" else case.dtype
+    model = transformers.LlamaForCausalLM.from_pretrained(case.folder, dtype=wide).to(case.device).train()
+    if method != "sft":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=12, lora_alpha=24, target_modules="all-linear"))
+    batch = data.collate(case.examples, 0).to(case.device)
+
+    def backward():
+        with torch.autocast(case.device.type, torch.bfloat16, enabled=case.dtype == torch.bfloat16):
+            loss = model(input_ids=batch.ids, labels=batch.labels).loss
+        loss.backward()
+
+    return model, Adapter(model), backward
+
+
+def training(who, method, case):
+    """(a step of training, the model)"""
+    model, adapter, backward = who(method, case)
+    optimizer = adapter.optimizer(1e-4, 0.0)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step():
-        ctx = Context(mask, torch.zeros(len(ids), dtype=torch.long))
-        (model(ids, labels, ctx) + adapter.penalty(ctx)).backward()
+        backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
         adapter.before_step()
         optimizer.step()
         adapter.after_step()
         optimizer.zero_grad()
 
-    return step, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return step, model
 
 
-def theirs(method, folder, ids, labels):
-    """The same of transformers, with peft's LoRA but for sft; CS-ReFT has no peer here and is held against LoRA."""
-    import peft
-    import transformers
-
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if method != "sft":
-        model = peft.get_peft_model(model, peft.LoraConfig(r=12, lora_alpha=24, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-
-    def step():
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def pyrefts(method, folder, ids, labels):
-    """The same of pyreft's LoReFT with rank 20 on every token after every layer."""
-    import pyreft
-    import transformers
-
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
-    edit = lambda: pyreft.LoreftIntervention(embed_dim=model.config.hidden_size, low_rank_dimension=20,
-                                             dtype=torch.float32)
-    count = model.config.num_hidden_layers
-    reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=[
-        {"layer": i, "component": "block_output", "low_rank_dimension": 20, "intervention": edit()}
-        for i in range(count)]))
-    reft.set_device("cpu")
-    places = {"sources->base": (None, [[list(range(ids.shape[1]))] * len(ids)] * count)}
-    optimizer = torch.optim.AdamW([p for p in reft.parameters() if p.requires_grad], lr=1e-4, fused=True)
-
-    def step():
-        _, output = reft({"input_ids": ids}, unit_locations=places, labels=labels)
-        output.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, sum(p.numel() for p in reft.parameters() if p.requires_grad)
-
-
-def products(folder, tokens, labelled, everything):
+def products(model, case, everything):
     """The products of a step alone; everything: those of the weights' gradients too."""
-    model = Llama.from_pretrained(folder)
-    weights = [(p.detach(), tokens) for name, p in model.named_parameters() if name.endswith("_proj.weight")]
-    weights.append((model.lm_head.weight.detach(), labelled))
-    inputs = [(torch.randn(n, w.shape[1]), torch.randn(n, w.shape[0]), w) for w, n in weights]
+    tokens, labelled = (sum(x != -100 for e in case.examples for x in getattr(e, of)) for of in ("ids", "labels"))
+    weights = [(p.detach().to(case.dtype), labelled if name == "lm_head.weight" else tokens)
+               for name, p in model.state_dict().items() if name.endswith(("_proj.weight", "lm_head.weight"))]
+    random = cache(lambda *shape: torch.randn(shape, device=case.device, dtype=case.dtype))
 
     def step():
-        for x, g, w in inputs:
+        for w, n in weights:
+            x, g = random(n, w.shape[1]), random(n, w.shape[0])
             x @ w.T, g @ w
             if everything:
                 g.T @ x
@@ -114,85 +117,93 @@ def products(folder, tokens, labelled, everything):
     return step
 
 
-def generation(folder, compiled=False):
-    """(ours, theirs): the same greedy tokens."""
+def generation(who, case, new=64):
+    """Greedy tokens behind eight prompts of 32."""
+    ids = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(0))
+    if who is ours:
+        return partial(Llama.from_pretrained(case.folder, case.device, case.dtype).generate, ids.tolist(), new)
     import transformers
-
-    ids = torch.randint(3, 500, PROMPTS, generator=torch.Generator().manual_seed(0))
-    model, peer = Llama.from_pretrained(folder), transformers.LlamaForCausalLM.from_pretrained(folder).eval()
-    if compiled:
-        compile_model(model)
-    texts = ids.tolist()
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return (lambda: model.generate(texts, NEW),
-            lambda: peer.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, PROMPTS[1] :].tolist())
+    model, ids = transformers.LlamaForCausalLM.from_pretrained(case.folder, dtype=case.dtype), ids.to(case.device)
+    return partial(model.to(case.device).eval().generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                   do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
-def in_turns(functions, rounds, calls):
-    """[seconds of a call] for each function, one for each round."""
+def added_memory(who, method, case):
+    """Bytes that loading and a step add to this process's peak."""
+    with suppress(ImportError):  # ours, too, begins with what they need
+        import peft  # noqa: F401
+        import transformers  # noqa: F401
+    before = peak_memory(case.device)
+    training(who, method, case)[0]()
+    return peak_memory(case.device) - before
+
+
+def in_turns(functions, rounds, calls, wait):
+    """[seconds of a call] for each function, one for each round. wait: until the device has finished."""
     seconds = [[] for _ in functions]
     for function in functions:
         function()
     for _ in range(rounds):
         for taken, function in zip(seconds, functions):
+            wait()
             start = time.perf_counter()
             for _ in range(calls):
                 function()
+            wait()
             taken.append((time.perf_counter() - start) / calls)
     return seconds
 
 
-def row(title, counts, seconds):
-    mine, ratios = seconds[0], [statistics.median(b / a for a, b in zip(seconds[0], other)) for other in seconds[1:]]
-    print(f"{title:<24}{counts:>24}{statistics.median(mine) * 1e3:>9.0f} ms" + "".join(f"{r:>10.2f}" for r in ratios),
-          flush=True)
-
-
-def profile(step):
-    """Prints which operations take a step's time, without that of the operations they are made of."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        for _ in range(3):
-            step()
-    named = lambda key: key.removeprefix("aten::").replace("_scaled_dot_product_flash_attention_for_cpu", "attention")
-    own = {named(event.key): event.self_cpu_time_total for event in found.key_averages()}
-    most = sorted(own, key=own.get, reverse=True)[:6]
-    print("  ours: " + ", ".join(f"{name} {100 * own[name] / sum(own.values()):.1f} %" for name in most), flush=True)
+def measure(what, case, sides):
+    """The columns of a row: of training with a method, or of generation."""
+    memory = {}
+    if what == "generate":
+        functions = {name: generation(who, case) for name, who in sides.items()}
+    else:
+        for name, who in sides.items():
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                memory[name] = pool.submit(added_memory, who, what, case).result()
+        made = {name: training(who, what, case) for name, who in sides.items()}
+        functions = {name: step for name, (step, _) in made.items()}
+        functions["products"] = products(made["ours"][1], case, what == "sft")
+    wait = torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
+    seconds = dict(zip(functions, in_turns(functions.values(), case.rounds, 1 if what == "generate" else 2, wait)))
+    mine, peak = seconds.pop("ours"), memory.pop("ours", 0)
+    ratios = {name: f"{median(b / a for a, b in zip(mine, row)):.2f}" for name, row in seconds.items()}
+    return (f"{1e3 * median(mine):,.0f} ms", ratios.get("theirs", ""), ratios.get("products", ""),
+            f"{peak / 2**30:.2f} GiB" * bool(peak), "".join(f"{other / peak:.2f}" for other in memory.values()))
 
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["base"], help="of the model (base)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--device", default="cpu", help="as in train.py, and so is --dtype (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7, help="of which a ratio is the median (%(default)s)")
-    parser.add_argument("--shape", choices=SHAPES, help="one of the two alone")
-    parser.add_argument("--compile", action="store_true", help="compile ours")
-    parser.add_argument("--profile", action="store_true", help="say what takes the time of our steps, too")
-    parser.add_argument("--peer", choices=("peft", "pyreft"), default="peft",
-                        help="pyreft: its LoReFT beside csreft and loreft, in an environment of .ci/pyreft.txt")
-    args = parser.parse_args()
-    methods, peer = (METHODS, theirs) if args.peer == "peft" else (("loreft", "csreft"), pyrefts)
+    parser.add_argument("--compile", action="store_true", help="compile our layers, as train.py --compile does")
+    case = parser.parse_args()
+    case.device, case.dtype = train.device_and_dtype(case)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    print(f"float32, {torch.get_num_threads()} threads, medians of {args.rounds} rounds\n"
-          f"{'':<24}{'numbers ours / theirs':>24}{'ours':>12}{'theirs':>10}{'products':>10}")
-    for title, (config, (B, T)) in SHAPES.items():
-        if args.shape not in (None, title):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            model = Llama(replace(config, eos_token_id=None))
-            model.init_weights(seed=0)
-            model.save_pretrained(Path(folder))
-            ids = torch.randint(3, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
-            labels = ids.masked_fill(torch.arange(T) < T - T // 4, -100)
-            for method in methods:
-                mine, a = ours(method, folder, ids, labels, args.compile)
-                other, b = peer(method, folder, ids, labels)
-                bare = products(folder, B * T, B * (T // 4), method == "sft")
-                row(f"{title}, {method}", f"{a:,} / {b:,}", in_turns((mine, other, bare), args.rounds, 2))
-                if args.profile:
-                    profile(mine)
-            if peer is not theirs:
-                continue
-            mine, other = generation(folder, args.compile)
-            assert mine() == other(), "the generated tokens differ"
-            row(f"{title}, generate", "", in_turns((mine, other), args.rounds, 1))
+    sides = {"ours": ours, "theirs": theirs}
+    if not (find_spec("peft") and find_spec("transformers")):
+        print("theirs is left out: transformers and peft are not installed (pip install -r bench/requirements.txt)")
+        sides.pop("theirs")
+    where = torch.cuda.get_device_name() if case.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    line = "{:<20}{:>12}{:>9}{:>10}{:>13}{:>9}".format
+    print(f"{where}, {str(case.dtype)[6:]}, {case.rounds} rounds")
+    print(line("", "ours", "theirs", "products", "ours", "theirs"))
+    for shape in case.shape:
+        with tempfile.TemporaryDirectory() as case.folder:
+            case.examples = make(shape, case.folder, case.dtype)
+            for what in [*case.methods, "generate"]:
+                try:
+                    print(line(f"{shape}, {what}", *measure(what, case, sides)).rstrip(), flush=True)
+                except BrokenProcessPool:
+                    print(f"{shape}, {what}: not enough memory: the system ended the process", flush=True)
+                except (OSError, MemoryError, RuntimeError) as error:
+                    print(f"{shape}, {what}: {user_message(error)}", flush=True)
+                gc.collect()  # a method's hooks and its model hold each other
 
 
 if __name__ == "__main__":

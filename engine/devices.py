@@ -1,22 +1,17 @@
 """One run on several devices, by torch's own engine: `torchrun --nproc-per-node N train.py ...`.
 
-Every process draws the same group of examples and works on its share of it. Unless the base is split, each holds the
-whole model; what is trained are copies, which stay equal because one sum a step adds up their gradients. With one
-process every function here is the identity. gloo carries what lies on CPUs, nccl what lies on GPUs.
+Every process draws the same group of examples and works on its share of it. Each holds a copy of the model, and the
+trained tensors stay equal because one sum a step adds up their gradients. With `--shard` the base's weights are split
+instead (FSDP2). With one process every function here is the identity. gloo serves CPUs, nccl GPUs.
 """
 
-import ctypes
 import os
 import random
-import signal
 import sys
-import threading
-import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, groupby
 
 import torch
 import torch.distributed as dist
@@ -24,49 +19,28 @@ import torch.distributed as dist
 from engine.progress import progress
 from model import Llama, UserError
 
-PIECE = 2**24  # numbers that are sent at once, about: they are copied for it
-store = None  # what all processes can write to, also while some of them wait or have failed
-
 # ---------------------------------------------------------------------------------------------- processes
 
 
-def join():
-    """Meets the other processes where torchrun started this one. Only the first one prints from here on."""
-    global store
+def init():
+    """Joins the other processes where torchrun started this one. Only the main one prints from here on."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    store, rank, count = next(dist.rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=count)
-    if rank:
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if not is_main():
         sys.stdout = open(os.devnull, "w")
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def end_with(launcher):
-    """Ends this process once its launcher has been killed, whatever it is waiting for."""
-    while os.getppid() == launcher:
-        time.sleep(0.1)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def meet():
-    """Waits until all processes have come so far."""
-    largest(0)
-
-
-def leave(code):
-    """Ends this process; one of several at once, since threads of torch may abort while Python takes itself down."""
-    if not dist.is_initialized():
-        sys.exit(code)
-    if not code:
+def end():
+    """Waits for the other processes and ends this one at once: torch's threads may abort while Python shuts down."""
+    if dist.is_initialized():
+        barrier()
         dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code or 0)
+        sys.stdout.flush()
+        os._exit(0)
 
 
-def count():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -74,135 +48,104 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first():
-    """Whether this is the process that writes."""
+def is_main():
+    """Whether this process writes the files."""
     return rank() == 0
 
 
-def speaks():
-    """Whether this process may say why the run ends: the first one that asks."""
-    try:
-        return store is None or store.add("spoken", 1) == 1
-    except RuntimeError:  # the launcher, which holds the store, has gone
-        return False
+def barrier():
+    """Waits until all processes have come so far."""
+    all_reduce_max(0)
 
 
-def lost(error):
-    """Whether an exception means that another process has gone."""
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
-
-
-def launcher():
-    """What stands before the program's name in the command that started this process."""
-    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if dist.is_initialized() else ["python"]
-
-
-def own(device):
-    """What "cuda" means for this process: the GPU of its number on this machine. Other devices stay as they are."""
-    if count() == 1 or not device.startswith("cuda"):
+def local_device(device):
+    """The device of this process: "cuda" means the GPU of its local number. Other devices stay as they are."""
+    if world_size() == 1 or not device.startswith("cuda"):
         return device
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if device != "cuda" or local >= there:
+    if device != "cuda" or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
         raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes take a GPU each: give --device cuda where there "
-                        f"are as many (here {there}), or --device cpu")
-    torch.cuda.set_device(local)
-    return f"cuda:{local}"
+                        f"are as many (here {torch.cuda.device_count()}), or --device cpu")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def from_main(function):
+    """function() of the main process, given to all."""
+    found = [function() if is_main() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    return found[0]
+
+
+def map_over_processes(function, parts, what):
+    """[function(part) for part in parts] in every process, the calls dealt out to them. All make the same number of
+    calls, padded with dummies: each call of a sharded model needs every process. what: see progress."""
+    calls = -(-len(parts) // world_size())
+    turns = (parts[min(call * world_size() + rank(), len(parts) - 1)] for call in range(calls))
+    mine = [function(part) for part in progress(turns, what, calls)]
+    if world_size() == 1:
+        return mine
+    found = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    return [found[i % world_size()][i // world_size()] for i in range(len(parts))]
 
 
 # ---------------------------------------------------------------------------------------------- one step
 
 
 def share(examples):
-    """This process's part of a micro-batch. Where there are fewer examples than processes, some get one without
-    labels, because every process must call a split model equally often."""
-    part = examples[rank() :: count()]
+    """This process's part of a micro-batch. Where there are fewer examples than processes, some get one without labels:
+    each call of a sharded model needs every process."""
+    part = examples[rank() :: world_size()]
     return part or [replace(examples[0], labels=[-100] * len(examples[0].labels))]
 
 
-def weigh(penalty, examples):
-    """This process's addend of a micro-batch's penalty. One that is a mean over examples counts by its share of them;
-    one of split weights is a sum, of which each process has its own."""
-    if split(penalty):
-        return penalty.to_local()
-    return penalty if count() == 1 else penalty * (len(examples[rank() :: count()]) / len(examples))
+def scale_penalty(penalty, examples):
+    """A micro-batch's mean penalty, scaled by this process's share of its examples."""
+    return penalty if world_size() == 1 else penalty * (len(examples[rank() :: world_size()]) / len(examples))
 
 
 def seed(*numbers):
-    """A seed from these numbers and from that of the process; the first one's is that of a run without others."""
+    """A seed from these numbers and the rank; rank 0 has the seed of a run with one process."""
     return random.Random(" ".join(map(str, numbers + (rank(),) * (rank() > 0)))).getrandbits(63)
 
 
-def add_up(params, loss):
-    """Adds up the gradients of all processes, and returns the sum of their losses. Gradients of split weights are added
-    up where backward() makes them."""
-    if count() == 1:
-        return loss
-    grads = [p.grad for p in params if p.grad is not None and not split(p)]
-    for _, piece in groupby(zip(grads, accumulate(g.numel() for g in grads)), lambda pair: pair[1] // PIECE):
-        piece = [g for g, _ in piece]
-        flat = torch.cat([g.flatten() for g in piece])
-        dist.all_reduce(flat)
-        for g, part in zip(piece, flat.split([g.numel() for g in piece])):
-            g.copy_(part.view_as(g))
-    dist.all_reduce(loss)
+def all_reduce_gradients(params, loss):
+    """Adds up the gradients of all processes, and returns the sum of their losses. FSDP2 adds up those of sharded
+    weights within backward()."""
+    if world_size() > 1:
+        for p in params:
+            if p.grad is not None and not is_sharded(p):
+                dist.all_reduce(p.grad)
+        dist.all_reduce(loss)
     return loss
 
 
-def largest(number):
+def all_reduce_max(number):
     """The largest of a whole number over all processes."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(found := torch.tensor(number), dist.ReduceOp.MAX)
         return found.item()
     return number
 
 
-# ---------------------------------------------------------------------------------------------- around the steps
+# ---------------------------------------------------------------------------------------------- sharded weights
 
 
-def from_first(function):
-    """function() of the first process, given to all."""
-    if count() == 1:
-        return function()
-    found = [function() if first() else None]
-    dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return found[0]
-
-
-def every(function, parts, what):
-    """[function(part) for part in parts] everywhere, the calls dealt out to the processes. All make equally many, the
-    last ones in vain, because a call of a split model is everybody's. what: as in progress."""
-    calls = -(-len(parts) // count())
-    turns = (parts[min(call * count() + rank(), len(parts) - 1)] for call in range(calls))
-    mine = [function(part) for part in progress(turns, what, calls)]
-    if count() == 1:
-        return mine
-    found = [None] * count()
-    dist.all_gather_object(found, mine)
-    return [found[i % count()][i // count()] for i in range(len(parts))]
-
-
-# ---------------------------------------------------------------------------------------------- split weights
-
-
-def split(tensor):
+def is_sharded(tensor):
     """Whether each process holds only a part of this tensor (a DTensor, whose module takes a second to import)."""
     return hasattr(tensor, "full_tensor")
 
 
 def load(base, device, dtype, shard):
-    """The base model; with shard each process keeps only its part of every weight, by FSDP2.
-
-    Until then the weights are mapped from the file as they are stored, so no process ever holds them all. A method is
-    attached afterwards, so its own tensors stay whole.
-    """
+    """The base model; with shard each process keeps only its part of every weight, by FSDP2. Until then the weights are
+    mapped from the file, so no process ever holds them all. A method is attached afterwards: its tensors stay whole."""
     if not shard:
         return Llama.from_pretrained(base, device, dtype)
     if not dist.is_initialized():
         raise UserError("--shard splits the base over processes: torchrun --nproc-per-node N train.py ... starts them")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    if device.type == "cpu":  # M_MMAP_THRESHOLD: glibc would keep what was put together, for later
-        getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(-3, 2**20)
-    model, mesh = Llama.from_pretrained(base, dtype=None), dist.init_device_mesh(device.type, (count(),))
+    model, mesh = Llama.from_pretrained(base, dtype=None), dist.init_device_mesh(device.type, (world_size(),))
     # Autocast would keep a whole narrow copy of each wide weight until backward(), so they are sent narrow already.
     narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for module in (*model.model.layers, model):
@@ -213,39 +156,39 @@ def load(base, device, dtype, shard):
         module.set_force_sum_reduction_for_comms(True)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes to it
     model.dtype = dtype
-    model.generate = partial(model.generate, finished=lambda ended: -largest(-int(ended.all())))  # all together
+    model.generate = partial(model.generate, finished=lambda ended: -all_reduce_max(-int(ended.all())))
     for name in ("labelled_logits", "generate"):
         register_fsdp_forward_method(model, name)
     return model.to(dtype)
 
 
 @contextmanager
-def prepared(model):
+def unsharded(model):
     """Within, the weights outside the layers are whole, for what reads them without a pass through the model."""
-    parts = split(model.lm_head.weight)
-    if parts:
+    sharded = is_sharded(model.lm_head.weight)
+    if sharded:
         model.unshard()
     yield
-    if parts:
+    if sharded:
         model.reshard()
 
 
-def mixed(model):
-    """Within, a whole tensor meets a split one as if it were split alike."""
-    if not split(model.lm_head.weight):
+def allow_sharded(model):
+    """Within, a whole tensor meets a sharded one as if it were sharded in the same way."""
+    if not is_sharded(model.lm_head.weight):
         return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication
     return implicit_replication()
 
 
-def whole(tensor):
-    """The whole of a tensor, put together by all processes where it is split."""
-    return tensor.full_tensor() if split(tensor) else tensor
+def full(tensor):
+    """The whole of a tensor, put together by all processes where it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def like(weight, tensor):
-    """This process's part of a tensor, where it has the shape of a split weight."""
-    if not split(weight) or tensor.shape != weight.shape:
+def shard_like(weight, tensor):
+    """This process's part of a tensor that has the shape of a sharded weight."""
+    if not is_sharded(weight) or tensor.shape != weight.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)

@@ -5,7 +5,6 @@ Each field of a settings dataclass is a flag: `rank: Annotated[int, "rank of eac
 """
 
 import argparse
-import difflib
 import os
 import re
 import signal
@@ -17,23 +16,23 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-from engine import devices
+from safetensors import SafetensorError
+
 from model import UserError
 
 
 def program():
-    """What runs, as its user named it: `train.py`, or `tools.chat` for `python -m tools.chat`."""
+    """The running program as its user named it: `train.py`, or `tools.chat` for `python -m tools.chat`."""
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else Path(sys.argv[0]).name
 
 
 def fail(message, prog=None):
-    """Ends the program with exit code 2 and one line of at most 300 characters: what is wrong comes first in a message,
-    and what to do last."""
+    """Ends the program with exit code 2 and one line of at most 300 characters. A message begins with what is wrong and
+    ends with what to do, so a long one loses its middle."""
     text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
-    if devices.speaks():
-        print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
-    devices.leave(2)
+    print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,16 +43,10 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
 
     def error(self, message):
-        fail(message, self.prog)
+        fail(f"{message} (--help lists all flags)", self.prog)
 
-    def parse_args(self, argv=None, namespace=None):
-        args, unknown = self.parse_known_intermixed_args(argv, namespace)
-        if unknown:
-            flags = sorted(option for option in self._option_string_actions if option.startswith("--"))
-            near = difflib.get_close_matches(unknown[0], flags, 1)
-            self.error(f"unknown argument {unknown[0]!r:.80}" + (f", did you mean {near[0]}?" if near else "")
-                       + " (--help lists them all)")
-        return args
+    def parse_args(self, argv=None):
+        return self.parse_intermixed_args(argv)
 
 
 def described(settings):
@@ -69,10 +62,10 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def add_flags(group, defaults, skip=()):
-    """One flag for each field of a dataclass instance, whose values are the defaults."""
+def add_flags(group, defaults, only=None):
+    """One flag for each field of a dataclass instance (or for those named), whose values are the defaults."""
     for name, kind, text, _ in described(defaults):
-        if name in skip:
+        if only and name not in only:
             continue
         default = getattr(defaults, name)
         options = {"default": default, "help": text.replace("%", "%%") + " (%(default)s)"}
@@ -96,12 +89,9 @@ def check(settings):
         if interval is None or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
-        if isinstance(value, int) and value >= 2**53 and high == float("inf"):  # more than any size may be
-            high = 2.0**53
+        high = 2.0**63 if isinstance(value, int) and high == float("inf") else high  # more than any size may be
         if not (low < value < high or interval[0] == "[" and value == low or interval[-1] == "]" and value == high):
-            least = f"{'at least' if interval[0] == '[' else 'above'} {low:g}"
-            most = "" if high == float("inf") else f" and {'at most' if interval[-1] == ']' else 'below'} {high:g}"
-            raise UserError(f"{flag(name)} is {value}, expected {least}{most}")
+            raise UserError(f"{flag(name)} is {value}, expected a number in {interval}")
 
 
 class Stopped(KeyboardInterrupt):
@@ -113,9 +103,9 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def signals_kept():
-    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that a training step is never
-    cut in two; a second one stops at once."""
+def signals_deferred():
+    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that the training step is
+    finished first; a second one stops at once."""
     caught = []
 
     def keep(number, frame):
@@ -134,24 +124,22 @@ def signals_kept():
             signal.signal(number, handler)
 
 
-def told(error):
-    """What a user is told of a UserError, an error of the operating system, too little memory, of the host or of a
-    device, a compiler, or another process that has gone. Raises anything else again: it is a bug."""
-    if devices.lost(error):
-        return "another process of this run has ended: the same command continues it"
-    short = "(out of|allocate) memory|size calculation overflowed"  # a RuntimeError of torch
-    if not isinstance(error, UserError) and (isinstance(error, MemoryError) or re.search(short, str(error))):
-        return f"not enough memory: {(str(error).splitlines() or [''])[0]:.120}"
-    if isinstance(error, (UserError, OSError)):
+def user_message(error):
+    """The line for a UserError, an error of the operating system, too little memory (of the host or of a device) or a
+    failed compiler. Raises anything else again: it is a bug."""
+    if isinstance(error, (UserError, OSError, SafetensorError)):
         return str(error)
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or re.search("(out of|allocate) memory|size calculation overflowed", str(error)):
+        return f"not enough memory: {first:.120}"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile failed, leave it out: {str(error).splitlines()[0]:.120}"
+        return f"--compile failed, leave it out: {first:.120}"
     raise error
 
 
 def command_line(main):
-    """Runs a program. What `told` knows is one line and exit code 2; SIGINT and SIGTERM are one line and exit codes 130
-    and 143; anything else is a bug and keeps its traceback."""
+    """Runs a program. A user's mistake is one line and exit code 2; SIGINT and SIGTERM are one line and exit codes 130
+    and 143; any other exception is a bug and keeps its traceback."""
     def stop(number, frame):
         raise Stopped(number)
 
@@ -161,14 +149,12 @@ def command_line(main):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        code = main()
-    except BrokenPipeError:  # who reads, such as head, has enough
+        main()
+    except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + 13
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        fail(told(error))
+        sys.exit(128 + 13)
+    except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        fail(user_message(error))
     except Stopped as stopped:
-        if devices.speaks():
-            print(f"{program()}: {stopped}", file=sys.stderr)
-        code = 128 + stopped.number
-    devices.leave(code)
+        print(f"{program()}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)

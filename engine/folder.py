@@ -1,7 +1,7 @@
 """A run is a folder, and the same command continues it.
 
 The folder's config.json says what was asked for: settings, and the SHA-256 of the files that decide the numbers.
-Nothing that lies there is deleted before something whole can take its place.
+`--overwrite` renames the old run to OUT.old, where it stays until the new one is finished.
 """
 
 import hashlib
@@ -21,103 +21,98 @@ import torch
 
 from engine import devices
 from engine.flags import flag
-from model import UserError, read_json
+from model import UserError, read_json, write_json
 
 try:
     import fcntl
 except ImportError:  # Windows, where runs are not locked
     fcntl = None
 
+MARK = "overwritten"  # a file that says of OUT.old that --overwrite made it
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "adapter.safetensors", "results.json",
-             "search.json", "wise.json", "samples.json", "best.safetensors", "plot.png")
-
-
-def open_folder(out, asked, overwrite):
-    """What config.json says in the folder of this very run; {} where the run is to start. Raises UserError for a folder
-    that holds anything else, naming the first thing that differs."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file, expected a folder")
-    if overwrite or not out.is_dir() or all(file.suffix == ".part" for file in out.iterdir()):
-        return {}
-    saved = read_json(out / "config.json") if (out / "config.json").exists() else {}
-    other = "config.json does not say what was asked for"
-    if isinstance(saved.get("asked"), dict):
-        other = difference(saved["asked"], asked)
-        if other is None:
-            return saved
-    raise UserError(f"{out} holds another run: {other}; choose another --out, or add --overwrite to start anew")
-
-
-def beside(out, kind):
-    """The hidden file or folder of this kind beside a run folder."""
-    out = out.resolve()
-    return out.with_name(f".{out.name}.{kind}")
-
-
-@contextmanager
-def locked(out):
-    """Within, no other process works in this run folder. The lock is the operating system's, on a file beside the
-    folder, so one that a killed process left does not hold. Raises UserError where another process has it."""
-    file = beside(out, "lock")
-    made = [folder for folder in file.parents if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        while True:
-            held = False
-            with open(file, "w") as handle:
-                try:
-                    fcntl and fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise UserError(f"another process works in {out}: wait for it, or choose another --out") from None
-                with suppress(FileNotFoundError):
-                    held = os.path.samestat(os.fstat(handle.fileno()), file.stat())
-                if not held:
-                    continue  # its last holder has just removed it
-                try:
-                    repair(out)
-                    yield
-                finally:
-                    repair(out)
-                    file.unlink()
-            return
-    finally:
-        with suppress(OSError):  # not empty: something was left there
-            for folder in made:
-                folder.rmdir()
-
-
-def repair(out):
-    """Ends what a process began that was killed while a new run took an old one's place."""
-    new, old = beside(out, "new"), beside(out, "old")
-    if not out.exists() and old.exists():
-        (new if new.exists() else old).rename(out)
-    for left in (new, old):
-        if left.exists():
-            shutil.rmtree(left)
-    for file in out.glob("**/*.part"):  # not whole
-        file.unlink()
+             "samples.json", "plot.png", "search", MARK)
 
 
 class RunFolder:
-    """The folder that a run works in: `path` is `out` itself, or with overwrite a new one beside it, until
-    take_place()."""
+    """The folder of one run. The main process writes in it; what the others are asked to write is skipped."""
 
-    def __init__(self, out, overwrite=False):
-        self.out = out.resolve() if out.is_symlink() else out
-        self.path = beside(out, "new") if overwrite and out.exists() else out
+    def __init__(self, path):
+        self.path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+        self.old, self.handles = self.path.with_name(f"{self.path.name}.old"), []
 
-    def take_place(self):
-        """The new folder becomes `out`; what lies in the old one and belongs to no run moves along."""
-        if self.path == self.out or not devices.first():
+    @contextmanager
+    def locked(self):
+        """Within, no other run works in this folder. The lock is the operating system's, on the folder itself, so a
+        killed process leaves none. Raises UserError where another process has it."""
+        if devices.is_main():
+            self.lock()
+        try:
+            yield self
+        finally:
+            with suppress(OSError):  # not empty, or without an old run
+                if devices.is_main():
+                    self.path.rmdir()
+                    (self.old / MARK).unlink()
+                    self.old.rename(self.path)
+            for handle in self.handles:
+                os.close(handle)
+
+    def lock(self):
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file, expected a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl:
+            self.handles.append(os.open(self.path, os.O_RDONLY))
+            try:
+                fcntl.flock(self.handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process works in {self.path}: wait for it, or choose another --out") from None
+
+    def saved(self, asked):
+        """What config.json says in the folder of this very run; {} in an empty folder. Raises UserError for a folder
+        that holds anything else, naming the first thing that differs."""
+        files = list(self.path.iterdir())
+        parts = [file for file in files if file.suffix == ".part"]  # of writes that were killed
+        saved = read_json(self.path / "config.json") if (self.path / "config.json").exists() else {}
+        other = difference(saved["asked"], asked) if "asked" in saved else "config.json is not a run's"
+        if other and parts != files:
+            raise UserError(f"{self.path} holds another run: {other}; choose another --out, or add --overwrite to "
+                            "start anew")
+        for part in parts:
+            part.unlink()
+        return saved
+
+    def move_away(self):
+        """The run in this folder becomes OUT.old; where there is one already, an unfinished run is removed instead."""
+        if not any(self.path.iterdir()):
             return
-        old = beside(self.out, "old")
-        for file in self.out.iterdir():
-            if file.name not in (*RUN_FILES, "search") and not (self.path / file.name).exists():
-                file.rename(self.path / file.name)
-        self.out.rename(old)
-        self.path.rename(self.out)
-        self.path = self.out
-        shutil.rmtree(old)
+        if self.old.exists() and (self.path / "results.json").exists():
+            raise UserError(f"--overwrite would rename {self.path} to {self.old}, which exists: remove one of them")
+        if self.old.exists():
+            self.remove(*RUN_FILES)
+            return
+        (self.path / MARK).touch()
+        self.path.rename(self.old)
+        self.lock()
+
+    def write(self, name, value):
+        if devices.is_main():
+            write_json(self.path / name, value)
+
+    def remove(self, *names):
+        for file in (self.path / name for name in names if devices.is_main()):
+            shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+
+    def finish(self, results):
+        """Writes results.json, and removes what only an unfinished run needs: its checkpoint, and OUT.old. Files there
+        that belong to no run move here."""
+        self.write("results.json", results)
+        self.remove("checkpoint.safetensors")
+        if devices.is_main() and (self.old / MARK).exists():
+            for file in self.old.iterdir():
+                if file.name not in RUN_FILES and not (self.path / file.name).exists():
+                    file.rename(self.path / file.name)
+            shutil.rmtree(self.old)
 
 
 def refuse_inputs(out, inputs):
@@ -127,21 +122,12 @@ def refuse_inputs(out, inputs):
             raise UserError(f"--out {out} is or holds {file}, which this run reads: choose another --out")
 
 
-def room_for(out, size):
-    """Raises UserError where the disk has no room for `size` bytes below a folder that may not be there yet."""
-    there = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    if (free := shutil.disk_usage(there).free) < size:
-        raise UserError(f"{there} has room for {free / 1e6:,.1f} MB, and checkpoints of this run need "
-                        f"{size / 1e6:,.1f}: choose another --out")
-
-
-def digest(*files):
-    """SHA-256 over the bytes of files, one after the other."""
+def digest(file):
+    """SHA-256 of a file."""
     total = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            while block := f.read(1 << 20):
-                total.update(block)
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            total.update(block)
     return total.hexdigest()
 
 
@@ -155,17 +141,17 @@ def difference(old, new):
             values = was.get(key), now.get(key)
             if values[0] == values[1]:
                 continue
-            if part.endswith("settings"):
-                return "{} was {}, and is now {}".format(flag(key), *map(repr, values))
             if part in ("base", "data", "code"):
                 values = [str(v)[:8] if v else "absent" for v in values]
                 return f"{part} file {key} has changed since (SHA-256 {values[0]} then, {values[1]} now)"
-            return "{} was {}, and is now {}".format(key, *values)
+            return "{} was {}, and is now {}".format(flag(key) if "settings" in part else key, *map(repr, values))
 
 
 def provenance(argv):
     versions = {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}
-    return {"command": shlex.join([*devices.launcher(), *argv]),
+    processes = devices.world_size()
+    start = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else ["python"]
+    return {"command": shlex.join([*start, *(arg for arg in argv if arg != "--overwrite")]),
             "versions": {"python": platform.python_version(), **versions}}
 
 
@@ -174,8 +160,7 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")  # Linux, where getrusage counts the program that started this one, too
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
+    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None:
         return 1024 * int(found[1])
     try:
         import resource

@@ -9,8 +9,8 @@ from model import written
 
 
 def progress(items, what, total=None):
-    """The items, one by one; on a terminal a line says how many are done, and when all of `total` will be. It is gone
-    at the end, and not there at all in the first second."""
+    """The items, one by one. On a terminal a line says how many are done, and when all of `total` will be; it appears
+    after a second, and is cleared at the end."""
     start = shown = time.perf_counter()
     try:
         for done, item in enumerate(items):
@@ -20,7 +20,7 @@ def progress(items, what, total=None):
                 print(f"\r\033[K{what} {done}{left}", end="", flush=True)
                 shown = now
             yield item
-    finally:  # also where the reader has enough
+    finally:  # also where the caller stops early
         if shown != start:
             print("\r\033[K", end="", flush=True)
 
@@ -32,12 +32,13 @@ class Log:
     def __init__(self, path, step=0, quiet=False):
         old = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
         with written(path) as part:
-            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step))
-        self.file, self.live, self.quiet, self.count = open(path, "a", encoding="utf-8"), sys.stdout.isatty(), quiet, 0
-        self.validation = ""
+            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step),
+                            encoding="utf-8")
+        self.path, self.live, self.quiet, self.count, self.validation = path, sys.stdout.isatty(), quiet, 0, ""
 
     def __call__(self, record):
-        print(json.dumps(record), file=self.file, flush=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            print(json.dumps(record), file=file)
         if "validation_loss" in record:  # shown with the next line
             self.validation = "  validation {validation_loss:.4f}".format(**record)
             return

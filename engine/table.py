@@ -2,7 +2,10 @@
 
 import math
 
-from model import read_json
+
+def main_figure(figures):
+    """The first of {figure: value}."""
+    return next(iter(figures.values()))
 
 
 def wilson(percent, rows, z=1.96):
@@ -24,16 +27,16 @@ def mean_interval(scores):
 
 
 def summary(suite, before, after):
-    """The part of results.json that is about scores. A task's before and after are its main figure's, which is the
-    first; `figures` holds all that it is scored by, `rows` how many examples."""
+    """The part of results.json that is about scores. A task's before and after are its main figure's; `figures` holds
+    all of them, `rows` the number of examples."""
     speciality, versatility = suite.means(after)
-    main = lambda figures: next(iter(figures.values()))
+    main = lambda scores, task: main_figure(scores[task]) if scores else None
     return {"tasks": {task: {"group": suite.group[task], "aspect": suite.aspect[task],
-                             "score": suite.score[task].__name__, "rows": len(suite.tests[task]),
-                             "before": main(before[task]) if before else None, "after": main(after[task]),
-                             "figures": {name: [before[task][name] if before else None, after[task][name]]
-                                         for name in after[task]}}
-                      for task in after},
+                             "score": suite.score[task].name, "unit": suite.score[task].unit,
+                             "rows": len(suite.tests[task]), "before": main(before, task), "after": main(after, task),
+                             "figures": {name: [before[task][name] if before else None, value]
+                                         for name, value in figures.items()}}
+                      for task, figures in after.items()},
             "speciality": speciality, "versatility": versatility,
             "uni": None if None in (speciality, versatility) else speciality + versatility}
 
@@ -43,39 +46,30 @@ def print_table(results):
     group means."""
     columns = ("before", "after") if "trainable_parameters" in results else ("score",)
     wide = max(18, *(len(task) + 3 for task in results["tasks"]))
-    cell = lambda value, interval: f" {value:>8} {'{:.1f}-{:.1f}'.format(*interval) if interval else '':<10}"
 
-    def line(name, kind, rows, values, interval=None):
-        """values: one for each column; interval(value), of those that have one."""
-        shown = [cell(v if isinstance(v, str) else f"{v:.1f}", interval and interval(v)) for v in values]
-        print(f"{name:<{wide}}{kind:<15}{rows:>5}" + "".join(shown[-len(columns) :]).rstrip())
+    def line(name, kind, rows, values, intervals=()):
+        shown = [v if isinstance(v, str) else f"{v:.1f}" for v in values]
+        ranges = ["{:.1f}-{:.1f}".format(*interval) for interval in intervals] or [""] * len(values)
+        cells = [f" {value:>8} {interval:<10}" for value, interval in zip(shown, ranges)]
+        print(f"{name:<{wide}}{kind:<15}{rows:>5}" + "".join(cells[-len(columns) :]).rstrip())
 
     print()
-    line("in % but for loss", results["eval_split"], "rows", columns)
+    line("accuracy in %", results["eval_split"], "rows", columns)
     for group, title in (("new", "speciality"), ("general", "versatility")):
         tasks = {task: s for task, s in results["tasks"].items() if s["group"] == group}
         for task, s in tasks.items():
             for i, (name, values) in enumerate(s["figures"].items()):
-                kind, name = s["aspect"] if name == "exact match" else name, "" if i else "  " + task
-                if s["score"] == "loss":
-                    line(name, kind, "" if i else s["rows"], [f"{v:.4g}" for v in values])
+                kind = s["aspect"] if name == "exact match" else name
+                if s["unit"] == "%":
+                    cells = values, [wilson(v, s["rows"]) for v in values]
                 else:
-                    line(name, kind, "" if i else s["rows"], values, lambda v, n=s["rows"]: wilson(v, n))
-        if scored := [s for s in tasks.values() if s["score"] != "loss"]:
+                    cells = ([f"{v:.4g}" for v in values],)
+                line("" if i else "  " + task, kind, "" if i else s["rows"], *cells)
+        if scored := [s for s in tasks.values() if s["unit"] == "%"]:
             means = [[(s[when], s["rows"]) for s in scored] for when in ("before", "after")]
-            intervals = {sum(p for p, _ in m) / len(m): mean_interval(m) for m in means}
             kind = f"mean, {group}" if len(scored) == len(tasks) else f"mean of {len(scored)} in %"
             line(title, kind, sum(s["rows"] for s in scored), [sum(p for p, _ in m) / len(m) for m in means],
-                 intervals.get)
+                 [mean_interval(m) for m in means])
     if results["uni"] is not None:
         line("Uni", "their sum", "", ["", results["uni"]])
     print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")
-
-
-def show_finished(out, quiet=False):
-    """The results of a finished run, with their table."""
-    results = read_json(out / "results.json")
-    if not quiet:
-        print_table(results)
-        print(f"{out} holds this very run, finished: nothing was done (--overwrite starts anew)")
-    return results

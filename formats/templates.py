@@ -1,7 +1,7 @@
-"""Prompt templates: how a conversation becomes text. {} is what somebody says; all around it is markup.
+"""Prompt templates: how a conversation becomes text. {} is what somebody says, the rest is markup.
 
-Only markup holds special tokens: what somebody said is text, whatever it spells (data.pieces). The templates of chat
-models spell their own BOS and the end of each turn; around those of base models data.encode puts the tokenizer's.
+Only markup holds special tokens: what somebody said is text, whatever it spells (data.pieces). Chat models' templates
+spell their own BOS and the end of each turn; around those of base models data.encode puts the tokenizer's.
 """
 
 import json
@@ -147,12 +147,12 @@ def choose(asked, tokenizer, folder):
         name, source = tokenizer.template, "named in tokenizer_config.json"
     elif asked == "auto":
         text = chat_template(folder)
-        marked = [name for name, t in TEMPLATES.items() if t.marks and all(mark in text for mark in t.marks)]
-        name = marked[0] if marked else "plain"
-        source = "recognised in the checkpoint's chat_template" if marked else (
+        known = (name for name, t in TEMPLATES.items() if t.marks and all(mark in text for mark in t.marks))
+        name = next(known, "plain")
+        source = "recognised in the checkpoint's chat_template" if name != "plain" else (
             "the checkpoint's chat_template is none that is known here" if text else "the checkpoint names none")
-        if marked and re.search("You are|Cutting Knowledge|tools|enable_thinking", text):
-            source += ", whose own additions (a system text, tools) are left out"
+        if name != "plain" and re.search("You are|Cutting Knowledge|tools|enable_thinking", text):
+            source += "; its additions (a system text, tools) are left out"
     template = named(name)
     if absent := [token for token in template.tokens if token not in tokenizer.special]:
         raise UserError(f"the template {name} needs the token {absent[0]!r}, which the tokenizer of {folder} does not "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import data
 from engine.flags import Parser, command_line
-from model import UserError, count_parameters
+from model import UserError
 from tools.plot import gates_by_task
 from train import Config, load_data, load_run
 
@@ -24,11 +24,11 @@ def main():
     parser.add_argument("run", type=Path, help="run folder, such as out/csreft")
     parser.add_argument("--eval-limit", type=int, default=0, help="examples of each task, 0 for all")
     args = parser.parse_args()
-    model, adapter, _, saved = load_run(args.run)
+    model, adapter, saved = load_run(args.run)
     if not hasattr(adapter, "edits"):
         raise UserError(f"{args.run} is a run of {saved['method']!r}, expected csreft or loreft")
-    config = Config(**saved["settings"])
-    suite, tokenizer = load_data(config, limit=args.eval_limit or config.eval_limit, train=False)
+    config = Config(**saved["asked"]["settings"])
+    suite, tokenizer, _ = load_data(config, limit=args.eval_limit or config.eval_limit, train=False)
     new = replace(suite, tests={task: e for task, e in suite.tests.items() if suite.group[task] == "new"})
     edits, k = adapter.edits, adapter.edits.config.subspaces
     score = lambda: {task: data.main_figure(figures) for task, figures in data.evaluate(
@@ -45,17 +45,9 @@ def main():
     if edits.router is not None:
         edits.config.gate = "hard"
         hard, opened = score(), gates_by_task(model, adapter, new.tests, tokenizer.pad_id)
-        table(f"soft gates, hard gates (α > {edits.config.threshold}) and share of them open",
-              ["soft", "hard", "open"], {task: [soft[task], hard[task], sum(opened[task]) / k] for task in new.tests})
-        means = [new.means({task: {"": s[task]} for task in new.tests})[0] for s in (soft, hard)]
-        if None not in means:
-            print(f"{'mean, in %':<14}" + "".join(f"{value:>12.2f}" for value in means))
-    report = adapter.report()
-    print(f"\nlargest |R R^T - I|: {report['orthonormality_error']:.1e}")
-    base = count_parameters(model.config)
-    for title, number in (("edits", report["edit_parameters"]), ("router", report["router_parameters"]),
-                          ("together", report["edit_parameters"] + report["router_parameters"])):
-        print(f"{title:<9}{number:>10,} parameters, {100 * number / base:.3f} % of the base")
+        table("soft gates, hard gates (α > 0.5) and share of them open", ["soft", "hard", "open"],
+              {task: [soft[task], hard[task], sum(opened[task]) / k] for task in new.tests})
+    print(f"\nlargest |R R^T - I|: {adapter.orthonormality_error():.1e}")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ def similarity(a, b, count):
 
 
 def changes(run_dir):
-    """({weight name: ΔW}, its total rank or None) of any run that changes weights: from the factors, or as saved weight
-    minus the base's."""
-    model, adapter, _, saved = load_run(run_dir)
+    """({weight name: ΔW}, its total rank or None) of a run that changes linear layers: from the factors, or as saved
+    weight minus the base's."""
+    model, adapter, saved = load_run(run_dir)
     if hasattr(adapter, "deltas"):
-        return adapter.deltas(), adapter.report().get("total_rank")
-    base = type(model).from_pretrained(saved["settings"]["base"]).state_dict()
-    moved = {name: t - base[name] for name, t in adapter.tensors().items() if name in base and t.dim() == 2}
+        return adapter.deltas(), adapter.report()["total_rank"]
+    base = type(model).from_pretrained(saved["asked"]["settings"]["base"]).state_dict()
+    moved = {name: tensor - base[name] for name, tensor in adapter.tensors().items() if name in base
+             and name.removesuffix(".weight").endswith(LINEARS)}
     if not moved:
         raise UserError(f"{run_dir}: the method {saved['method']!r} changes no weight matrix, so there is no spectrum")
     return moved, None
@@ -42,43 +43,32 @@ def figures(deltas, rank, others):
     name (None without any)."""
     values = torch.stack([singular_values(delta, rank) for delta in deltas.values()])
     shares, ranks = zip(*map(spread, values))
-    alike = [similarity(delta, others[name], rank) for name, delta in deltas.items() if name in others]
+    shared = [similarity(delta, others[name], rank) for name, delta in deltas.items() if name in others]
     return {"values": values.mean(0).tolist(), "first_value_share": mean(shares), "effective_rank": mean(ranks),
-            "similarity_to_sft": mean(alike) if alike else None}
+            "similarity_to_sft": mean(shared) if shared else None}
 
 
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="run folder, such as out/multilora")
     parser.add_argument("--against", type=Path, metavar="RUN", help="another run on the same base, such as out/sft")
-    parser.add_argument("--rank", type=int, help="singular values to keep (default: the run's total rank)")
     args = parser.parse_args()
     deltas, rank = changes(args.run)
-    rank = args.rank or rank or 12
-    others = changes(args.against)[0] if args.against else {}
-
+    others, rank = changes(args.against)[0] if args.against else {}, rank or 12
     print(f"{args.run}: singular values of ΔW, the first {rank} scaled to sum 1, mean over layers")
     heads = ["first share", "eff. rank", *(["other first", "other eff.", "similarity"] if others else [])]
     print(f"{'layer kind':<12}" + "".join(f"{head:>12}" for head in heads))
-    rows, values = [], {}
-    for kind in LINEARS:
-        mine = {name: delta for name, delta in deltas.items() if name.endswith(f"{kind}.weight")}
+    kinds = {kind: {name: d for name, d in deltas.items() if name.endswith(f"{kind}.weight")} for kind in LINEARS}
+    for kind, mine in {**kinds, "mean": deltas}.items():
         if not mine:
             continue
-        of = figures(mine, rank, others)
-        rows.append([of["first_value_share"], of["effective_rank"]])
+        found = figures(mine, rank, others)
+        numbers = [found["first_value_share"], found["effective_rank"]]
         if theirs := {name: others[name] for name in mine if name in others}:
-            against = figures(theirs, rank, {})
-            rows[-1] += [against["first_value_share"], against["effective_rank"], of["similarity_to_sft"]]
-        print(line(kind, rows[-1]))
-        values[kind] = of["values"][:12]
-    print(line("mean", [mean(column) for column in zip(*rows)]), end="\n\nvalues\n")
-    for kind, of in values.items():
-        print(f"{kind:<12}" + "".join(f"{v:>5.2f}" for v in of))
-
-
-def line(title, figures):
-    return f"{title:<12}" + "".join(f"{figure:>12.3f}" for figure in figures)
+            other = figures(theirs, rank, {})
+            numbers += [other["first_value_share"], other["effective_rank"], found["similarity_to_sft"]]
+        print(f"{kind:<12}" + "".join(f"{number:>12.3f}" for number in numbers))
+    print("\nvalues, mean " + "".join(f"{value:>6.3f}" for value in found["values"]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,15 +29,10 @@ torch.set_num_threads(1)  # these models are small, and two spinning threads on 
 os.environ["OMP_NUM_THREADS"] = "1"  # nor in a program that a test starts
 HERE = Path(__file__).resolve().parent.parent
 BASE = HERE / "base"
-FIXTURES = HERE / "tests" / "fixtures"
 REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
 TINY = REAL / "tinystories-656k"
-SOURCES = ("csreft.py", "multilora.py", "cofitune.py", "model.py", "data.py", "train.py", "engine", "formats", "base")
-QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--log-every", "3",
-         "--samples", "0")
-SEARCH = ("--method", "cofitune", "--tasks", "currency", "--steps", "3", "--search-steps", "2", "--batch-size", "4",
-          "--eval-limit", "2", "--importance-batches", "2", "--samples", "0")
+QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--samples", "0")
 
 # ---------------------------------------------------------------------------------------------- programs
 
@@ -97,6 +92,11 @@ def refused(load, path, *words):
         load(path)
     text = str(error.value)
     assert "\n" not in text and all(word in text for word in (str(path), *words)), text
+
+
+def clone(path):
+    """A copy of the project, without what runs and tools leave behind."""
+    return shutil.copytree(HERE, path, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "venv"))
 
 
 def json_lines(path):
@@ -165,15 +165,15 @@ def builtin_examples():
     return tokenizer, data.encode(suite.train, tokenizer, suite.names)
 
 
-def trained_on_builtin(method, method_config, steps=4, dtype=torch.float32, log=None, **changes):
-    """(model, adapter) after a few steps on the built-in suite, in this process. log(adapter, record) looks on."""
+def trained_on_builtin(method, method_config, steps=4, dtype=torch.float32, after=None, log=None, keep=None, **changes):
+    """(model, adapter) after a few steps on the built-in suite, in this process. after(adapter, step) looks on."""
     config = train.Config(steps=steps, **{"batch_size": 8, "lr": 1e-2, **changes})
     tokenizer, examples = builtin_examples()
     model = devices.load(BASE, torch.device("cpu"), dtype, config.shard)
     model.model.checkpointing = config.grad_checkpointing
     torch.manual_seed(config.seed)
     adapter = train.start_adapter(model, method, method_config)
-    train.train(model, adapter, examples, config, tokenizer.pad_id, log and (lambda record: log(adapter, record)))
+    train.train(model, adapter, examples, config, tokenizer.pad_id, log, keep, after and partial(after, adapter))
     return model, adapter
 
 
@@ -195,11 +195,7 @@ def tokenizer_folder(path, before="<s> $A", **settings):
 
 # ---------------------------------------------------------------------------------------------- records
 
-QUIZ = {"question": "2 + 2?", "A": "3", "B": "4", "C": "5, or 6", "D": "7"}
-NUMBERED = {"question": "2 + 2?", "choice0": "3", "choice1": "4", "choice2": "5, or 6", "choice3": "7"}
 PASSAGE = {"passage": "Ice floats.", "question": "does ice float"}
-CLAIM = {"premise": "It rains.", "hypothesis": "It is wet."}
-WORD = {"word": "bank", "sentence1": "A river bank.", "sentence2": "A bank of fog."}
 COPA = {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "cause", "label": 0}
 
 

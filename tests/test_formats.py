@@ -1,155 +1,237 @@
-"""From files to examples: every format and template, bad rows, what is held out, and mistakes about data."""
+"""From files to examples: every format, bad rows, what is held out, and mistakes about data."""
 
+import gzip
 import json
+import re
 
 import pytest
+import tokenizers
+import torch
 
 import formats
-from formats import TEMPLATES, read_files
-from formats.known import example, final_number
-from model import UserError
-from tests.helpers import (
-    BASE,
-    CLAIM,
-    COPA,
-    HERE,
-    NUMBERED,
-    PASSAGE,
-    QUIZ,
-    WORD,
-    number_by_hand,
-    one_line_error,
-    written,
-)
+from data import Tokenizer, encode
+from formats import FORMATS, TEMPLATES, read_files
+from formats.known import Format, example, final_number
+from model import Llama, UserError
+from tests.helpers import BASE, HERE, here, number_by_hand, one_line_error, tiny, written
+
+SAID = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+FROM = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+ARC = {"question": "2 + 2?", "choices": {"text": ["3", "4", "5"], "label": ["A", "B", "C"]}}
+LISTED = "2 + 2?\nA. 3\nB. 4\nC. 5\nAnswer:"
+BOOLQ, RTE, WSC = (FORMATS[name].sample for name in ("boolq", "rte", "wsc"))
+PAIR = '{"prompt": "a", "completion": "b"}'
+
+ANSWER = {"answerKey": "B"}
+# What other files of these formats hold, beside the table's own samples: format, the texts in order, the choices, the
+# fields that are not read, a record.
+FORMS = [
+    ("chat", "SQA", None, "", {"messages": [{"role": "system", "content": "S"}, *SAID]}),
+    ("chat", "SQA", None, "", {"system": "S", "messages": SAID}),
+    ("chat", "QA", None, "prompt", {"messages": [{**m, "weight": 1} for m in SAID], "prompt": "Q"}),
+    ("chat", "QA", None, "", {"messages": FROM}),
+    ("sharegpt", "QAQA", None, "id", {"id": "1", "conversations": FROM * 2}),
+    ("sharegpt", "SQA", None, "", {"conversations": [{"from": "system", "value": "S"}, *FROM]}),
+    ("sharegpt", "SQA", None, "tools", {"conversations": FROM, "system": "S", "tools": "[]"}),  # LLaMA-Factory's
+    ("alpaca", ["Q", ""], None, "text", {"instruction": "Q", "input": None, "output": "", "text": "..."}),
+    ("alpaca", ["S", "R", "B", "T", "", "Q", "I", "A"], None, "", {  # LLaMA-Factory's
+        "instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["R", "B"], ["T", ""]]}),
+    ("alpaca", "QA", None, "", {"instruction": "Q", "output": "A", "history": [], "system": None}),
+    ("alpaca", "QIA", None, "category", {"instruction": "Q", "context": "I", "response": "A", "category": "c"}),
+    ("pair", "QA", None, "type", {"query": "Q", "response": "A", "type": "t"}),
+    ("pair", "QA", None, "", {"input": "Q", "output": "A"}),
+    ("pair", "QIA", None, "", {"prompt": "Q", "input": "I", "output": "A"}),
+    ("pair", "SQA", None, "id", {"id": "x", "system_prompt": "S", "question": "Q", "response": "A"}),  # OpenOrca
+    ("pair", "RBQA", None, "", {"prompt": "Q", "response": "A", "history": [["R", "B"]]}),  # ChatGLM
+    ("dpo", "SQA", None, "rejected", {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"}),
+    ("dpo", "QA", None, "rejected, score", {"chosen": SAID, "rejected": SAID, "score": 1.0}),
+    ("dpo", "QA", None, "prompt, rejected", {"prompt": "Q", "chosen": SAID, "rejected": SAID}),  # UltraFeedback
+    ("dpo", "QA", None, "rejected", {"prompt": SAID[:1], "chosen": SAID[1:], "rejected": SAID[1:]}),
+    ("dpo", "QA", None, "rejected", {"conversations": FROM[:1], "chosen": FROM[1], "rejected": FROM[1]}),
+    ("dpo", "QIA", None, "rejected", {"instruction": "Q", "input": "I", "chosen": "A", "rejected": "B"}),
+    ("choices", [LISTED, "B"], "ABC", "subject", {  # MMLU on Hugging Face
+        "question": "2 + 2?", "subject": "sums", "choices": ["3", "4", "5"], "answer": 1}),
+    ("choices", [LISTED, "B"], "ABC", "", {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "B"}),
+    ("mmlu", [LISTED.replace("C. 5", "C. 5\nD. 6"), "B"], "ABCD", "", {
+        "question": "2 + 2?", **{f"choice{i}": str(i + 3) for i in range(4)}, "answer": "1"}),
+    ("choices", [LISTED, "B"], "ABC", "id", {"id": "x", **ARC, **ANSWER}),
+    ("choices", [LISTED, "B"], "ABC", "", {
+        **ARC, "choices": {"text": ["3", "4", "5"], "label": ["1", "2", "3"]}, "answerKey": "2"}),
+    ("choices", [LISTED, "B"], "ABC", "id", {"id": "x", **ANSWER, "question": {"stem": "2 + 2?", "choices": [
+        {"text": t, "label": n} for t, n in zip("345", "ABC")]}}),  # ARC's own files
+    ("choices", [LISTED, "B"], "ABC", "fact1", {  # OpenBookQA
+        "question_stem": "2 + 2?", "choices": ARC["choices"], **ANSWER, "fact1": "f"}),
+    ("boolq", ["P\nQuestion: q?\nAnswer:", "no"], ["yes", "no"], "", {
+        "passage": "P", "question": "q", "answer": False}),  # on Hugging Face
+    ("rte", ["It rains.\nQuestion: It is wet. True or False?\nAnswer:", "False"], ["True", "False"], "idx", {
+        **RTE, "label": "not_entailment", "idx": 1}),
+    ("copa", ["He fell so", "he sang."], ["he slipped.", "he sang."], "", {
+        "premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "effect", "label": 1}),
+    ("wsc", ["Mark told Pete many lies, and *he* left.\nQuestion: Does '*he*' refer to 'Mark'?\nAnswer:", "no"],
+     ["yes", "no"], "", {**WSC, "target": {**WSC["target"], "span2_index": 7}}),
+    ("multirc", ["Ice.\nQuestion: What?\nIs 'lead' a right answer?\nAnswer:", "no"], ["yes", "no"], "", {
+        "paragraph": "Ice.", "question": "What?", "answer": "lead", "label": 0}),
+]
 
 
-@pytest.mark.parametrize("form, records, kind, prompt, answers, choices", [
-    ("array", [{"instruction": "Add.", "input": "1 2", "output": "3"}], "alpaca", "Add.\n\n1 2", ["3"], None),
-    ("lines", [{"instruction": "Hi", "output": ""}], "alpaca", "Hi", [""], None),
-    ("csv", [{"instruction": "Say\nhi", "output": "hi, \"you\""}], "alpaca", "Say\nhi", ['hi, "you"'], None),
-    ("lines", [{"prompt": "Q", "completion": "A"}], "pair", "Q", ["A"], None),
-    ("csv", [{"question": "Q", "response": "A"}], "pair", "Q", ["A"], None),
-    ("array", [{"question": "Q", "answer": "A"}], "pair", "Q", ["A"], None),
-    ("array", [{"prompt": "Q", "output": "A"}], "pair", "Q", ["A"], None),
-    ("lines", [{"question": "Q", "answer": "so\n#### 7"}], "gsm8k", "Q", ["so\n#### 7"], None),
-    ("lines", [{"messages": [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A"),
-                                                                     ("user", "R"), ("assistant", "B"))]}],
-     "chat", "S\n\nQ", ["A", "B"], None),
-    ("lines", [{**PASSAGE, "label": True}], "boolq", "Ice floats.\nQuestion: does ice float?\nAnswer:", ["yes"],
-     ["yes", "no"]),
-    ("lines", [{**CLAIM, "label": "not_entailment"}], "rte",
-     "It rains.\nQuestion: It is wet. True or False?\nAnswer:", ["False"], ["True", "False"]),
-    ("lines", [{**CLAIM, "label": "entailment"}, {**CLAIM, "label": "neutral"}], "cb",
-     "It rains.\nQuestion: It is wet. True, False or Neither?\nAnswer:", ["True"], ["True", "False", "Neither"]),
-    ("lines", [{**WORD, "label": False}], "wic", "A river bank.\nA bank of fog.\nQuestion: Is the word 'bank' used in "
-     "the same sense in both sentences?\nAnswer:", ["no"], ["yes", "no"]),
-    ("lines", [COPA], "copa", "He fell because", ["he slipped."], ["he slipped.", "he sang."]),
-    *((form, [{**fields, "answer": answer}], "mmlu", "2 + 2?\nA. 3\nB. 4\nC. 5, or 6\nD. 7\nAnswer:", ["B"],
-       list("ABCD")) for form in ("csv", "csv without header") for fields in (QUIZ, NUMBERED) for answer in "B1"),
-    ("lines", [{"text": "Once upon a time."}], "text", None, ["Once upon a time."], None),
+@pytest.mark.parametrize("number", range(len(FORMS)))
+def test_each_form_is_recognised_and_each_field_read_or_named(tmp_path, capsys, number):
+    kind, texts, choices, unread, record = FORMS[number]
+    file = str(written(tmp_path / "a.data", [record, record], ("array", "lines")[number % 2]))
+    found, rows = read_files([file])["a"]
+    assert (found, [s.text for s in rows[0].segments]) == (kind, list(texts))
+    assert rows[0].choices == (choices and list(choices))
+    assert capsys.readouterr().out.strip().partition("fields that are not read: ")[2] == unread
+    for field in record:
+        written(tmp_path / "a.data", [record, {**record, field: {"x": 1}}])
+        if field in unread.split(", "):
+            read_files([file])
+        else:
+            with pytest.raises(UserError, match="a.data:2: "):
+                read_files([file])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_formats_sample_goes_all_the_way_to_a_score(tmp_path, name):
+    """Recognised, read, encoded with something to learn, scored; and in the table that tools.show prints."""
+    kind, tokenizer = FORMATS[name], Tokenizer.from_pretrained(BASE)
+    found, rows = read_files([str(written(tmp_path / "a.jsonl", [kind.sample] * 3))])["a"]
+    assert found == name and len(rows) == (6 if name == "multirc" else 3) and rows[0].source.endswith("a.jsonl:1")
+    answer = rows[0].segments[-1]
+    assert answer.trained and answer.text and (rows[0].choices is None or answer.text in rows[0].choices)
+    encoded = encode([TEMPLATES["short"].apply(row) for row in rows], tokenizer, ["a"])
+    assert all(any(label != -100 for label in e.labels) for e in encoded)
+    model = Llama.from_pretrained(BASE)
+    with torch.no_grad():
+        figures = kind.score.function(model, encoded, tokenizer, 2, 4)
+    assert all(value >= 0 for value in figures.values()) and figures
+    table = here("-m", "tools.show", "--formats").stdout
+    assert f"| `{name}` | {kind.fields} | {kind.score.name} | `{json.dumps(kind.sample)}` |" in table
+
+
+def test_the_content_decides_how_a_file_is_read(tmp_path, capsys):
+    """Arrays, lines, CSV with quotes and without a header; packed files, UTF-16; not the ending."""
+    quiz = {**FORMATS["mmlu"].sample, "C": "5, or\n6"}
+    for form in ("array", "lines", "csv", "csv without header"):
+        kind, rows = read_files([str(written(tmp_path / "x.data", [quiz] * 2, form))])["x"]
+        assert kind == "mmlu" and [s.text for s in rows[1].segments] == [
+            "2 + 2?\nA. 3\nB. 4\nC. 5, or\n6\nD. 6\nAnswer:", "B"]
+    rows = [{"prompt": f"é{i}", "completion": "北京"} for i in range(4)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    table = "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows)
+    for name, raw in {"a.json.gz": gzip.compress(lines.encode()), "a.json": lines.encode("utf-16"),
+                      "a.jsonl": b"\xfe\xff" + lines.encode("utf-16-be"), "a.txt": b"\xef\xbb\xbf" + lines.encode(),
+                      "a.csv": table.encode("utf-16")}.items():
+        (tmp_path / name).write_bytes(raw)
+        (task, (kind, found)), = read_files([str(tmp_path / name)]).items()
+        assert (task, kind) == ("a", "pair"), name
+        assert [[s.text for s in e.segments] for e in found] == [[r["prompt"], r["completion"]] for r in rows], name
+
+
+@pytest.mark.parametrize("content, place, message", [
+    (f'{PAIR}\n{{"prompt": "a", "completion":\n', ":2", "not valid JSON"),
+    (f'{PAIR}\n\n{{"prompt": "", "completion": "b"}}\n', ":3", "'prompt' is ''"),
+    (f'{PAIR}\n{{"prompt": "a"}}\n', ":2", "no field 'completion' or"),
+    (f'[{PAIR},\n {{"prompt": "c",\n  "completion": 3}}]', ":record 2", "'completion' is 3"),
+    (f"[{PAIR},\n 7]", ":record 2", "no object"), (f"{PAIR}\nnull", ":2", "no object"),
+    (f"[[{PAIR}]]", ":record 1", "no object"),
+    ('prompt,answer\na,b\n"c\nd"\n', ":4", "1 columns, expected 2"),
+    (f'{PAIR}\n{{"prompt": "a\\ud800", "completion": "b"}}', ":2", "format pair: UnicodeEncodeError"),
+    (f'{PAIR}\n{{"prompt": "a", "completion": "b", "system": ["x"]}}', ":2", "'system' is ['x'], expected text"),
+    (f'{PAIR}\n{{"prompt": "a", "completion": "b", "history": [["x"]]}}', ":2", "format pair: ValueError"),
+    (f'{PAIR}\n{{"prompt": "a", "completion": "b", "history": [["x", 7]]}}', ":2", "'history' is 7"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', ":1", "has the roles ['user'], expected user and assistant"),
+    ('{"messages": 7}', ":1", "does not fit the format chat: TypeError"),
+    (json.dumps(BOOLQ) + "\n" + json.dumps({**BOOLQ, "label": None}), ":2", "'label' is None, expected one of True"),
+    (json.dumps(BOOLQ) + "\n" + json.dumps(BOOLQ).replace("label", "idx"), ":2", "format boolq: no field 'label'"),
+    (json.dumps({**ARC, "answerKey": "E"}), ":1", "'answerKey' is 'E', expected one of 'A', 'B', 'C'"),
+    ('{"question": "q", "choices": "abc", "answer": 0}', ":1", "expected a list of 2 to 26 texts"),
+    (json.dumps({**WSC, "target": {**WSC["target"], "span2_index": 2}}), ":1", "expected the place of 'he'"),
+    ('{"question": "q", "answer": "#### 1"}\n{"question": "q", "answer": "one"}', ":2", "no final '#### number'"),
+    (f"[{PAIR}\n{PAIR}]", "", "cannot be read: Expecting ',' delimiter: line 2"), (f"[{PAIR},", "", "cannot be read"),
+    ("{\n" + PAIR[1:], ":1", "expected a whole object in each line"), ("[]", "", "no records"), ("", "", "no records"),
+    ('prompt,answer\na,"b\n', "", "cannot be read: unexpected end of data"), ("[" * 10**5, "", "cannot be read"),
+    ('{"colour": "red"}', "", "the fields colour match no format; known: chat, dpo, sharegpt"),
+    (b"PAR1\x15\x04", "", "is Parquet, expected JSON or CSV"), (b"\x1f\x8b\x08torn", "", "cannot be read"),
+    (gzip.compress(PAIR.encode() * 9)[:-9], "", "cannot be read"), (b"\xff\xfe\x00\xd8", "", "cannot be read"),
 ])
-def test_every_format_is_recognised_and_read(tmp_path, form, records, kind, prompt, answers, choices):
-    file = written(tmp_path / "some.data", records, form)
-    name, (found, rows) = next(iter(read_files([str(file)]).items()))
-    assert (name, found, len(rows)) == ("some", kind, len(records))
-    applied = TEMPLATES["plain"].apply(rows[0])
-    space = "" if kind == "text" else " "
-    assert [text for text, trained in applied.texts() if trained] == [space + a for a in answers]
-    assert applied.texts()[0] == ((prompt, False) if prompt else (answers[0], True))
-    assert applied.choices == (choices and [space + c for c in choices])
-
-
-def test_prompt_templates_are_the_published_ones():
-    turns = TEMPLATES["llama2"].apply(example(("Q", "A"), ("R", "B"), system="S"))
-    opening = lambda name, user, **also: TEMPLATES[name].apply(example((user, "A"), **also)).texts()[0][0]
-    assert opening("alpaca", "Add.", given="1 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
-        "### Response:\n")
-    assert opening("alpaca", "Say {x}.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSay {x}.\n\n### Response:\n")
-    assert "".join(text for text, _ in turns.texts()) == (
-        "<bos>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A <bos>[INST] R [/INST] B ")  # others: see test_templates.py
-    assert turns.end == "<eos>"
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_what_somebody_said_is_told_apart_from_markup(name):
-    """Whatever they said: braces, or the template's own markup."""
-    said = [("system", "S {}"), ("user", "Q {} [/INST]"), ("input", "I"), ("assistant", "{}"), ("user", "R"),
-            ("assistant", "### Response:")]
-    texts = [text for _, text in said]
-    bare = example(tuple(texts[i] for i in (1, 3)), tuple(texts[4:]), system=texts[0], given=texts[2])
-    applied = TEMPLATES[name].apply(bare)
-    assert [(s.role, s.text) for s in applied.segments if s.role] == said
-    assert {s.trained for s in applied.segments if s.role == "assistant"} == {True}
-    assert not any(s.trained for s in applied.segments if s.role in ("system", "user", "input"))
-
-
-@pytest.mark.parametrize("content, line, message", [
-    ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion":\n', 2, "not valid JSON"),
-    ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "", "completion": "b"}\n', 3, "'prompt' is ''"),
-    ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', 2, "no field 'completion' or"),
-    ('[{"prompt": "a", "completion": "b"},\n {"prompt": "c",\n  "completion": 3}]', 2, "'completion' is 3"),
-    ('[{"prompt": "a", "completion": "b"},\n 7]', 2, "no object"),
-    ('prompt,answer\na,b\n"c\nd"\n', 4, "1 columns, expected 2"),
-    (json.dumps({**PASSAGE, "label": True}) + "\n" + json.dumps(PASSAGE), 2, "'label' is None, expected one of True"),
-    (json.dumps({"question": "q", "answer": "#### 1"}) + "\n" + json.dumps({"question": "q", "answer": "one"}), 2,
-     "no final '#### number'"),
-])
-def test_a_bad_row_is_named_by_file_and_line_or_counted(tmp_path, capsys, content, line, message):
+def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path, content, place, message):
     file = tmp_path / "rows.json"
-    file.write_text(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as error:
         read_files([str(file)])
-    assert str(error.value).startswith(f"{file}:{line}: ") and message in str(error.value)
-    rows = read_files([str(file)], skip_bad=True)["rows"][1]
-    assert len(rows) == 1 and "1 bad rows skipped" in capsys.readouterr().out
+    assert str(error.value).startswith(f"{file}{place}") and message in str(error.value)
 
 
-def test_one_odd_row_does_not_change_a_files_format(tmp_path):
-    """Neither the first row nor a wrong label decides alone."""
-    rte = [{**CLAIM, "label": "entailment"}, {**CLAIM, "label": "not_entailment"}, {**CLAIM, "label": "neutrl"}]
-    problems = [{"question": "q", "answer": "?"}, {"question": "q", "answer": "#### 1"}]
-    orders = [{"instruction": "i"}, {"instruction": "i", "output": "o"}]
-    for kind, rows in (("rte", rte), ("gsm8k", problems), ("alpaca", orders)):
-        file = written(tmp_path / f"{kind}.json", rows)
-        assert read_files([str(file)], skip_bad=True)[kind][0] == kind
-        with pytest.raises(UserError, match=f"{kind}.json:{3 if kind == 'rte' else 1}: "):
+def test_one_bad_row_in_a_hundred_is_left_out_and_counted(tmp_path, capsys):
+    """Neither the first row nor a wrong label decides which format a file has."""
+    file = tmp_path / "rows.jsonl"
+    odd = {"rte": {**RTE, "label": "neutrl"}, "gsm8k": {"question": "q", "answer": "?"}, "alpaca": {"instruction": "i"}}
+    for kind, row in odd.items():
+        for rows in ([row] + [FORMATS[kind].sample] * 99, [FORMATS[kind].sample] * 99 + [row]):
+            found, examples = read_files([str(written(file, rows))])["rows"]
+            assert (found, len(examples)) == (kind, 99)
+    capsys.readouterr()
+    for bad in ('{"prompt": "a", "completion":', '{"prompt": "a"}', "null"):
+        file.write_text("\n".join([PAIR] * 3 + [bad] + [PAIR] * 96))
+        assert len(read_files([str(file)])["rows"][1]) == 99
+        said = capsys.readouterr().out
+        assert "rows: 99 records of format pair" in said and f"1 bad rows are left out; the first, {file}:4: " in said
+        file.write_text("\n".join([PAIR] * 3 + [bad] + [PAIR] * 95))
+        with pytest.raises(UserError, match=r"rows.jsonl:4: .* \(1 of 99 rows are bad\)"):
             read_files([str(file)])
+
+
+def test_a_format_is_one_row_whose_reader_checks_nothing(tmp_path, capsys, monkeypatch):
+    read = lambda record: example((record["body"][record["start"] :], record.get("to")))
+    monkeypatch.setitem(FORMATS, "cut", Format(lambda r: "start" in r, FORMATS["pair"].score, read, "body, start", {}))
+    file = str(written(tmp_path / "a.jsonl", [{"body": "abc", "start": 1, "to": "d", "id": 7}]))
+    (kind, (row,)) = read_files([file])["a"]
+    assert (kind, [s.text for s in row.segments]) == ("cut", ["bc", "d"])
+    assert capsys.readouterr().out.endswith("fields that are not read: id\n")
+    for record, message in (({"start": 1}, "no field 'body'"), ({"body": "abc", "start": "x"}, "TypeError: ")):
+        written(tmp_path / "a.jsonl", [record])
+        with pytest.raises(UserError, match=f"a.jsonl:1: does not fit the format cut: {message}"):
+            read_files([file])
 
 
 def test_what_is_held_out_is_never_trained_on(tmp_path, capsys):
     """By a second reading of the file: row i holds the number i."""
-    pairs = lambda name, count: written(tmp_path / name, [{"prompt": name + str(i), "completion": str(i)}
-                                                          for i in range(count)])
-    big, small = pairs("big.jsonl", 400), pairs("small.jsonl", 30)
-    other = written(tmp_path / "other.jsonl", [{"prompt": f"o{i}", "completion": str(i)} for i in range(9)])
-    numbers = lambda examples, task: [int(e.texts()[1][0]) for e in examples if e.task == task]
-    suite = formats.load([str(big), f"tiny={small}"], general_files=[str(other)])
+    pairs = lambda name, count: str(written(tmp_path / name, [{"prompt": name + str(i), "completion": str(i)}
+                                                              for i in range(count)]))
+    big, small, other = pairs("big.jsonl", 400), pairs("small.jsonl", 30), pairs("other.jsonl", 9)
+    numbers = lambda examples, task: [int(e.segments[-1].text) for e in examples if e.task == task]
+    suite = formats.load([big, f"tiny={small}"], general_files=[other])
     test, trained = numbers(suite.tests["big"], "big"), numbers(suite.train, "big")
-    choosing = formats.load([str(big), f"tiny={small}"], general_files=[str(other)], split="validation")
+    choosing = formats.load([big, f"tiny={small}"], general_files=[other], split="validation")
     validation = numbers(choosing.tests["big"], "big")
     assert (len(test), len(validation), len(trained)) == (20, 19, 361) and trained == sorted(trained)
     assert sorted(test + validation + trained) == list(range(400)) and numbers(choosing.train, "big") == trained
     for part in (test, validation, test[:8]):  # from all over the file, and in no order, so that --eval-limit is too
         assert min(part) < 100 and max(part) > 300 and part != sorted(part) and len({i % 20 for i in part}) > 4
-    assert numbers(formats.load([str(big)], limit=8).tests["big"], "big") == test[:8]
+    assert numbers(suite.validation, "big") == validation
+    assert numbers(formats.load([big], limit=8).tests["big"], "big") == test[:8]
     assert len(numbers(suite.tests["tiny"], "tiny")) == 1 and suite.group == {
         "big": "new", "tiny": "new", "other": "general"}
     general = [numbers(part.tests["other"], "other") for part in (suite, choosing)]
     assert (len(general[0]), len(general[1]), sorted(general[0] + general[1])) == (4, 5, list(range(9)))
     assert "same as rows trained on" not in capsys.readouterr().out
 
-    apart = formats.load([str(big)], [str(other)])
+    apart = formats.load([big], [other])
     assert numbers(apart.tests["other"], "other") == list(range(9)) and len(numbers(apart.train, "big")) == 380
-    few = formats.load([str(big)], [str(big)], limit=40).tests["big"]
+    few = formats.load([big], [big], limit=40).tests["big"]
     assert len(few) == 40 and max(numbers(few, "big")) > 300
     assert "of the 40 rows that are scored are the same as rows trained on" in capsys.readouterr().out
-    equal = formats.load([str(big), str(small)], mix="equal")
+    equal = formats.load([big, small], mix="equal")
     assert len(numbers(equal.train, "big")) == len(numbers(equal.train, "small")) == 361
     assert len(set(numbers(equal.train, "small"))) == 28
+    for split in ("test", "validation"):
+        few = formats.load([pairs("few.jsonl", 3)], general_files=[pairs("one.jsonl", 1)], split=split)
+        assert len(few.train) == len(few.tests["few"]) == 1
+        assert len(few.tests["one"]) == 1, "the only row of general data is scored"
+    for rows, split in ((1, "test"), (1, "validation"), (2, "validation")):
+        with pytest.raises(UserError, match=rf"'few' has too few rows \({rows}\) to hold some out; give --eval-data"):
+            formats.load([pairs("few.jsonl", rows)], split=split)
 
 
 def test_solved_examples_keep_all_that_their_rows_say(tmp_path):
@@ -157,55 +239,76 @@ def test_solved_examples_keep_all_that_their_rows_say(tmp_path):
              "history": [["h", "b"]]} for i in range(3)]
     file = str(written(tmp_path / "a.jsonl", rows))
     row = formats.load([file], [file], shot_files=[file], shots=2).tests["a"][2]
-    assert "".join(text for text, _ in row.texts()) == (
+    assert "".join(s.text for s in row.segments) == (
         "s\n\ns\n\nh b\nq0\n\ni0 a0\n\ns\n\nh b\nq1\n\ni1 a1\n\nh b\nq2\n\ni2 a2")
-
-
-@pytest.mark.parametrize("rows, split", [(1, "test"), (1, "validation"), (2, "validation")])
-def test_too_few_rows_to_hold_some_out_are_refused(tmp_path, rows, split):
-    file = written(tmp_path / "few.jsonl", [{"prompt": f"q{i}", "completion": str(i)} for i in range(rows)])
-    with pytest.raises(UserError, match=rf"'few' has too few rows \({rows}\) to hold some out; give --eval-data"):
-        formats.load([str(file)], split=split)
-    more = written(tmp_path / "more.jsonl", [{"prompt": f"q{i}", "completion": str(i)} for i in range(3)])
-    suite = formats.load([str(more)], split=split)
-    assert len(suite.train) == len(suite.tests["more"]) == 1
+    with pytest.raises(UserError, match="--shots 4: --shot-data has fewer rows for task 'a'"):
+        formats.load([], [file], shot_files=[file], shots=4)
+    plain = str(written(tmp_path / "b.jsonl", [{"text": "once"}]))
+    with pytest.raises(UserError, match="'b' is plain text"):
+        formats.load([], [plain], shot_files=[plain], shots=1)
 
 
 def test_the_final_number_follows_the_reference_rule():
     known = {"#### 18": "18", "so 3\n#### 1,234,567": "1234567", "#### -5": "-5", "#### 2.50": "2.50", "#### $18": None,
              "####18": None, "#### 7 #### 8": "7", "#### x\n#### 9": "9", "18": None, "": None, "#### 3.": "3.",
-             "#### - 4": None, "#### 1/2": "1", "##### 6": "6", "#### -": None}
+             "#### - 4": None, "#### 1/2": "1", "##### 6": "6", "#### -": None, "#### 7\n\nQ: more": "7"}
     for text, number in known.items():
         assert final_number(text) == number_by_hand(text) == number, text
 
 
 @pytest.mark.parametrize("args, names", [
     (["--data", "none.json"], ["none.json", "cannot be read"]),
-    (["--data", "odd.json"], ["odd.json", "the fields colour match no format", "alpaca", "mmlu"]),
-    (["--data", "empty.json"], ["empty.json holds no records"]),
     (["--data", "pairs.json", "builtin"], ["builtin or files"]),
     (["--data", "pairs.json", "--tasks", "currency"], ["--tasks"]),
-    (["--data", "pairs.json", "--replay", "0.1"], ["--replay"]),
     (["--eval-data", "pairs.json"], ["--eval-data"]),
     (["--template", "alpaca"], ["--template"]),
     (["--data", "pairs.json", "pairs=boolq.json"], ["two files of task 'pairs'", "NAME=FILE"]),
     (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
-    (["--data", "boolq.json", "--shots", "3"], ["--shot-data"]),
-    (["--data", "boolq.json", "--shots", "3", "--shot-data", "few=boolq.json"], ["--shots 3", "'boolq'"]),
     (["--data", "pairs.json", "--eval-data", "boolq.json", "--eval-split", "validation"], ["--eval-data"]),
-    (["--data", "bad.csv", "--skip-bad-rows"], ["bad.csv holds no record", "1 columns"]),
-    (["--data", "pairs.json", "--max-length", "3", "--too-long", "drop"], ["longer than --max-length 3"]),
+    (["--data", "bad.csv"], ["bad.csv:2: 1 columns"]),
     (["--data", "pairs.json", "--template", "chatty"], ["chatty", "alpaca", "llama3"]),
     (["--data", "pairs.json", "--method", "cofitune"], ["--general-data", "make its choice yourself"]),
-    (["--data", "pairs.json", "--adapter", "x"], ["--eval-only"]),
 ])
 def test_a_mistake_about_data_is_one_clear_line(tmp_path, args, names):
     written(tmp_path / "pairs.json", [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(40)])
-    written(tmp_path / "boolq.json", [{**PASSAGE, "label": True}] * 40)
-    written(tmp_path / "odd.json", [{"colour": "red"}])
-    (tmp_path / "empty.json").write_text("[]")
+    written(tmp_path / "boolq.json", [BOOLQ] * 40)
     (tmp_path / "bad.csv").write_text("prompt,answer\nonly one\n")
     method = [] if "--method" in args else ["--method", "multilora"]
     message = one_line_error(HERE / "train.py", *method, *args, "--base", BASE, "--steps", "1", cwd=tmp_path)
     assert all(name in message for name in names), message
-    assert not (tmp_path / "out").exists(), "a refused run must leave nothing behind"
+    assert not list((tmp_path / "out").rglob("*.*")), "a refused run must leave nothing behind"
+
+
+def test_readmes_commands_lead_from_a_chat_model_and_its_talk_to_a_checkpoint(tmp_path):
+    """transformers chats with what is exported. The model is random; as SmolLM's, ChatML's tokens are BOS and EOS."""
+    fast, folder = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json")), tmp_path / "CHAT-MODEL"
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
+    fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tiny(vocab_size=fast.get_vocab_size(), max_position_embeddings=256).save_pretrained(folder)
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "</s>",
+        "chat_template": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
+                         "+ '<|im_end|>' + '\n'}}{% endfor %}"}))
+    written(tmp_path / "talk.json", [{"conversations": [
+        {"from": "human", "value": f"Name three fruits. {i}"}, {"from": "gpt", "value": "pear"}]} for i in range(40)])
+    readme, said = (HERE / "README.md").read_text(encoding="utf-8"), []
+    commands = re.findall("^python (.*(?:CHAT-MODEL|out/talk).*)$", readme, re.M)
+    for command in commands:
+        words = re.findall(r'"[^"]*"|\S+', command.replace("300", "8").replace("train.py", str(HERE / "train.py")))
+        more = ["--batch-size", "8", "--lr", "1e-2"] if "train.py" in command else []
+        said.append(here(*(word.strip('"') for word in words), *more, cwd=tmp_path).stdout)
+    assert all("template chatml: recognised in the checkpoint's chat_template" in text for text in said[:2])
+    assert len(said) == 4 and "40 records of format sharegpt" in said[0] and "[<|im_end|>]" in said[0]
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "merged")
+    end = tokenizer.special["<|im_end|>"]
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [2, end]
+
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    prompt = theirs.apply_chat_template([{"role": "user", "content": "Name three fruits."}], tokenize=True,
+                                        add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+    assert new[-1] == end and len(new) < 64, "transformers goes on behind the end of the turn"
+    assert theirs.decode(new, skip_special_tokens=True) == said[2].rpartition("\n[")[0]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import HERE
 
-METHODS = ("multilora", "csreft", "cofitune")
+METHODS = sorted(file.stem for file in HERE.glob("*.py") if "\ndef attach(" in file.read_text(encoding="utf-8"))
 FILES = ("model", "data", *METHODS, "train", "test_methods")
 PACKAGES = ("engine", "formats", "base", "tools", "reproduce", "bench", "tests")
 EVERY = {*FILES, *PACKAGES} - {"test_methods", "tests"}
@@ -20,7 +20,7 @@ ALLOWED = {"model": set(), "engine": {"model"}, "data": {"model", "engine"}, "fo
            "reproduce": EVERY - {"bench"}, "bench": EVERY}
 # Of others: what requirements.txt brings (torch brings numpy); the rest serves papers and measurements only.
 NEEDED = {"torch", "numpy", "safetensors", "tokenizers"}
-OPTIONAL = {"matplotlib": {"reproduce", "tools"}, "transformers": {"bench"}, "peft": {"bench"}, "pyreft": {"bench"}}
+OPTIONAL = {"matplotlib": {"reproduce", "tools"}, "transformers": {"bench"}, "peft": {"bench"}}
 
 
 def sources(*endings):
@@ -89,6 +89,7 @@ INSIDE, OUTSIDE = graph_of(sources(".py"))
 def test_every_source_file_is_in_one_of_the_rooms():
     assert {room_of(module) for module in INSIDE} == {*FILES, *PACKAGES}
     assert {file.stem for file in HERE.glob("*.py")} == set(FILES)
+    assert {"csreft", "multilora", "cofitune"} <= set(METHODS)
     assert {file.parent.name for file in HERE.glob("*/__init__.py")} == set(PACKAGES)
 
 
@@ -149,5 +150,5 @@ def test_the_walk_sees_every_kind_of_import():
     assert found("importlib.import_module('x.y')\n__import__('z')\nimportlib.import_module(name)") == {"x.y", "z"}
     assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
-    assert "base.suite" in INSIDE["train"] and "reproduce.spectra" in INSIDE["reproduce.compare"]
+    assert "base.suite" in INSIDE["train"] and "reproduce.spectra" in INSIDE["reproduce.claims.multilora"]
     assert "formats.known" in INSIDE["formats"] and "torch" in OUTSIDE["model"]

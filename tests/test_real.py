@@ -14,9 +14,12 @@ import train
 from formats import TEMPLATES
 from formats.known import example, final_number
 from model import Llama
-from tests.helpers import REAL, TINY, cli, here, needs_real, number_by_hand, one_line_error, random_ids, their_logits
+from tests.helpers import REAL, TINY, cli, here, needs_real, number_by_hand, random_ids, their_logits
 
 pytestmark = needs_real
+KINDS = {"arc_easy": "choices", "openbookqa": "choices", "BoolQ": "boolq", "RTE": "rte", "WiC": "wic", "CB": "cb",
+         "gsm8k": "gsm8k"}
+
 
 # A real checkpoint, in whose file only the head of the tied pair is, and a tokenizer without a pre-tokenizer.
 def test_a_real_checkpoint_agrees_with_transformers():
@@ -32,18 +35,13 @@ def test_a_real_checkpoint_continues_a_story():
     assert tokenizer.decode(new).startswith(", a little girl named Lily lived in a small house with her mom, dad, and")
 
 
-def test_a_real_tokenizer_gives_the_ids_of_its_files():
-    tokenizer = data.Tokenizer.from_pretrained(TINY)
-    fast = tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+def test_a_real_tokenizer_gives_the_ids_of_its_files_and_no_space_between_prompt_and_answer():
+    """Llama 2's kind of tokenizer puts a space before any text: prompt and answer apart must spell the text in one
+    piece."""
+    tokenizer, fast = data.Tokenizer.from_pretrained(TINY), tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
     for text in ("Once upon a time", "", " two  spaces", "Lily's mom said:\n\"No!\"", "élan 北京", "3.14 x 42"):
-        wanted = fast.encode(text, add_special_tokens=False).ids
-        assert tokenizer.encode(text) == [1, *wanted], text
+        assert tokenizer.encode(text) == [1, *fast.encode(text, add_special_tokens=False).ids], text
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 0, {2})
-
-
-def test_a_text_that_continues_another_gets_no_space_of_its_own():
-    """Llama 2's kind of tokenizer prepends one: prompt and answer apart must spell the text in one piece."""
-    tokenizer = data.Tokenizer.from_pretrained(TINY)
     spelled = lambda ids: "".join(tokenizer.fast.id_to_token(i) for i in ids)
     for prompt, answer in (("Once upon", " a time there was"), ("She said", ', "Hello!"'), ("Tom", "'s dog ran.")):
         apart = tokenizer.encode(prompt) + tokenizer.encode(answer, start=False)
@@ -53,24 +51,19 @@ def test_a_text_that_continues_another_gets_no_space_of_its_own():
 
 @pytest.mark.slow
 def test_every_real_file_is_recognised_with_all_its_rows():
-    wanted = {}
-    for path in sorted(REAL.glob("*/**/*")):
-        if path.suffix == ".json" and path.parent.name in ("alpaca", "alpaca_eval"):
-            wanted[path] = "alpaca", len(json.loads(path.read_text()))
-        elif path.suffix == ".jsonl":
-            folder = path.parent.name.lower()
-            wanted[path] = folder, sum(bool(line.strip()) for line in path.read_text().split("\n"))
-        elif path.suffix == ".csv":
-            with open(path, newline="") as f:
-                wanted[path] = "mmlu", sum(1 for _ in csv.DictReader(f))
-    assert len(wanted) == 22 and {kind for kind, _ in wanted.values()} == {
-        "alpaca", "gsm8k", "boolq", "rte", "wic", "cb", "mmlu"}
+    wanted = {path: ("alpaca", len(json.loads(path.read_text()))) for path in REAL.glob("alpaca*/*.json")}
+    wanted |= {path: (KINDS[path.parent.name], len(path.read_text().splitlines()))
+               for path in REAL.glob("**/*.jsonl") if path.parent.name in KINDS}
+    for path in REAL.glob("mmlu/*/*.csv"):
+        with open(path, newline="") as f:
+            wanted[path] = "mmlu", sum(1 for _ in csv.DictReader(f))
+    assert len(wanted) == 24 and {kind for kind, _ in wanted.values()} == {"alpaca", "mmlu", *KINDS.values()}
     text = cli("-m", "tools.show", "--base", TINY, *wanted).stdout
     for path, (kind, rows) in wanted.items():
         assert f"{rows:,} records of format {kind} in {path}, scored by" in text
     names = {formats.task_name(path) for path in wanted}
-    assert names == {"BoolQ", "RTE", "WiC", "CB", "gsm8k", "alpaca_en_demo", "gpt3_alpaca", "college_physics",
-                     "elementary_mathematics", "global_facts", "international_law", "us_foreign_policy"}
+    assert names == {*KINDS, "alpaca_en_demo", "gpt3_alpaca", "college_physics", "elementary_mathematics",
+                     "global_facts", "international_law", "us_foreign_policy"}
 
 
 def test_the_final_numbers_of_real_answers():
@@ -90,19 +83,14 @@ def test_every_method_learns_real_instructions_on_a_real_checkpoint(runs, tmp_pa
     row = results["tasks"]["alpaca_en_demo"]
     assert row["after"] < row["before"] - 0.1 and results["speciality"] is None
     assert row["figures"]["perplexity"][1] == pytest.approx(math.exp(row["after"]))
-    again = tmp_path / "again"
-    here("train.py", "--eval-only", "--adapter", out, "--data", REAL / "alpaca" / "alpaca_en_demo.json",
-         "--eval-limit", "20", "--out", again)
-    assert json.loads((again / "results.json").read_text())["tasks"]["alpaca_en_demo"]["after"] == pytest.approx(
-        row["after"], abs=1e-5)
+    here("-m", "tools.score", out, "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())["tasks"]["alpaca_en_demo"]
+    assert (again["after"], again["rows"]) == (pytest.approx(row["after"], abs=1e-5), 20)
 
-    if method == "csreft":
-        assert "cannot be merged" in one_line_error("-m", "tools.export", out, "--hf", tmp_path / "merged")
-        assert "only MultiLoRA and LoRA" in one_line_error("-m", "tools.export", out, "--peft", tmp_path / "peft")
+    if method == "csreft":  # it cannot be merged
         return
-    here("-m", "tools.export", out, "--hf", tmp_path / "merged")
-    assert "holds something" in one_line_error("-m", "tools.export", out, "--hf", tmp_path / "merged")
     transformers = pytest.importorskip("transformers")
+    here("-m", "tools.export", out, "--hf", tmp_path / "merged")
     model = train.load_run(out)[0]
     ids = random_ids(model, 2, 40)
     with torch.no_grad():
@@ -136,6 +124,6 @@ def test_model_outputs_are_alpaca_evals(tmp_path):
     assert len(outputs) == 805 and {tuple(o) for o in outputs} == {("dataset", "instruction", "output", "generator")}
     assert {o["generator"] for o in outputs} == {"tiny"} and len({o["output"] for o in outputs}) > 100
     tokenizer, model = data.Tokenizer.from_pretrained(TINY), Llama.from_pretrained(TINY)
-    asked = TEMPLATES["alpaca"].apply(example((wanted[3]["instruction"], ""))).texts()[0][0]
-    prompt = tokenizer.encode(asked)
+    asked = TEMPLATES["alpaca"].apply(example((wanted[3]["instruction"], ""))).segments[:-1]
+    prompt = tokenizer.encode("".join(s.text for s in asked))
     assert outputs[3]["output"] == tokenizer.decode(model.generate([prompt], 6, tokenizer.stop_ids)[0]).strip()

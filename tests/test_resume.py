@@ -1,8 +1,11 @@
-"""A run is a folder, and the same command continues it. The oracle is the run that nobody disturbed."""
+"""A run is a folder, and the same command continues it. Whatever stops a run, nothing is lost, and one line says why.
+The oracle is the run that nobody disturbed."""
 
 import json
+import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,29 +13,29 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cofitune
 import csreft
 import multilora
 import train
-from data import Batch
-from engine import checkpoint
-from engine.folder import RunFolder
-from model import Context, Llama
-from tests.helpers import (BASE, HERE, SOURCES, builtin_examples, cli, json_lines, one_line_error, random_ids, start,
-                           tiny, written)
+from data import Tokenizer
+from engine.checkpoint import Checkpoint
+from engine.flags import Stopped, user_message
+from engine.folder import MARK, RunFolder
+from model import Llama
+from tests.helpers import (BASE, HERE, cli, clone, here, json_lines, one_line_error, start, trained_on_builtin, written)
 
-COMMON = ("--tasks", "currency", "--steps", "40", "--batch-size", "8", "--eval-limit", "6", "--log-every", "3",
-          "--save-every", "4")
+COMMON = ("--tasks", "currency", "--steps", "200", "--batch-size", "4", "--eval-limit", "6", "--save-every", "4")
 COMMANDS = {
-    "multilora with dropout": ("--method", "multilora", "--dropout", "0.2", *COMMON),
+    "multilora": ("--method", "multilora", "--dropout", "0.2", *COMMON),
     "csreft": ("--method", "csreft", "--sparsity", "0.1", "--weight-decay", "0.1", *COMMON),
-    "sft": ("--method", "sft", *COMMON, "--grad-accum", "2", "--batch-size", "4"),
-    "cofitune with mask": ("--method", "cofitune", "--layers", "25%-50%", "--importance-batches", "2", *COMMON),
-    "cofitune's search": ("--method", "cofitune", "--importance-batches", "2", "--search-steps", "6", *COMMON,
-                          "--steps", "8"),
+    "sft": ("--method", "sft", *COMMON, "--grad-accum", "2", "--batch-size", "2"),
+    "cofitune": ("--method", "cofitune", "--layers", "25%-50%", "--importance-batches", "2", *COMMON),
+    "search": ("--method", "cofitune", "--importance-batches", "2", "--search-steps", "20", *COMMON, "--steps", "8"),
 }
+RUN = ("train.py", "--method", "lora", "--tasks", "currency", "--steps", "6", "--batch-size", "4", "--eval-limit", "2",
+       "--save-every", "2")
 
 
 def without_times(value):
@@ -52,6 +55,15 @@ def left(out):
     return weights, [without_times(line) for line in json_lines(out / "metrics.jsonl")], results, searched
 
 
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def lines(out):
+    """Records of a run, and of the trials of its search."""
+    return sum(file.read_text().count("\n") for file in out.rglob("metrics.jsonl"))
+
+
 def kill(command, moment, number=signal.SIGKILL):
     """Starts a command, sends it a signal as soon as moment() is true, and returns the ended process with its output;
     None where the command ended before."""
@@ -65,230 +77,225 @@ def kill(command, moment, number=signal.SIGKILL):
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def lines(out):
-    file = out / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
+# ---------------------------------------------------------------------------------------------- killed and continued
 
 
-def moments(out, rng):
-    """Moments to kill at: before training, in training, while a checkpoint is written, after training, between two
-    trials and within one."""
-    wait = time.monotonic() + rng.uniform(2, 4)
-    some, trials = rng.randint(2, 9), lambda: len(list(out.glob("search/*/results.json")))
-    return [lambda: (out / "config.json").exists(), lambda: lines(out) >= some,
-            lambda: any(out.glob("checkpoint*.part")) or (out / "results.json").exists(),
-            lambda: trials() >= some or (out / "adapter.safetensors").exists(),
-            lambda: any(lines(f) for f in out.glob("search/*")), lambda: time.monotonic() > wait,
-            lambda: (out / "adapter.safetensors").exists()]
+def some_moment(out, rng):
+    """After a while, after another record, or while a checkpoint is written."""
+    wait, more = time.monotonic() + rng.uniform(1, 2), lines(out) + 1
+    return rng.choice((lambda: time.monotonic() > wait, lambda: lines(out) >= more,
+                       lambda: any(out.rglob("checkpoint*.part")) or lines(out) > more))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_run_killed_again_and_again_ends_at_the_same_bytes(tmp_path, name):
-    command, out = ("train.py", *COMMANDS[name], "--out", tmp_path / "killed"), tmp_path / "killed"
+def test_a_run_killed_ten_times_ends_at_the_same_bytes(tmp_path, name):
+    out, rng = tmp_path / "killed", random.Random(name)
+    command = ("train.py", *COMMANDS[name], "--out", out)
     cli("train.py", *COMMANDS[name], "--out", tmp_path / "whole")
-    rng, kills = random.Random(name), 0
-    for i in range(7):
-        kills += kill(command, moments(out, rng)[i]) is not None
-    text = cli(*command).stdout
-    assert kills >= 4 and left(out) == left(tmp_path / "whole"), f"{kills} kills"
-    assert "going on from there" in text or "finished: nothing was done" in text
+    kills = sum(kill(command, some_moment(out, rng)) is not None for _ in range(10))
+    if not (out / "results.json").exists():
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 3')  # a record that was cut off
+    nodes = {file: file.stat().st_mtime_ns for file in out.glob("search/*/results.json")}
+    cli(*command)
+    assert kills >= 8 and left(out) == left(tmp_path / "whole"), f"{kills} kills"
+    assert all(file.stat().st_mtime_ns == time for file, time in nodes.items()), "a scored node was trained again"
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_at_the_same_bytes(tmp_path):
-    """One kill, with a checkpoint and more steps after it. (In one process: test_a_checkpoint_is_all_that_a_run_needs.)
-    """
-    command = ("train.py", *COMMANDS["multilora with dropout"], "--steps", "60", "--save-every", "8", "--out")
-    cli(*command, tmp_path / "whole")
-    assert kill((*command, tmp_path / "killed"), lambda: lines(tmp_path / "killed") >= 4)
-    text = cli(*command, tmp_path / "killed").stdout
-    assert 8 <= int(re.search(r"holds the first (\d+) steps: going on from there", text)[1]) < 60
-    assert left(tmp_path / "killed") == left(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_loses_at_most_the_step_in_hand(tmp_path, number, code):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line(tmp_path, number):
     out = tmp_path / "run"
-    command = ("train.py", "--method", "multilora", *COMMON, "--steps", "4000", "--save-every", "0", "--log-every", "1",
-               "--out", out)
-    done = kill(command, lambda: lines(out) >= 3, number)
-    assert done.returncode == code and len(done.stderr.strip().splitlines()) == 1
-    step = int(re.search(r"stopped after step (\d+) of 4000; the same command continues: python train\.py --method",
-                         done.stderr)[1])
-    assert step == json_lines(out / "metrics.jsonl")[-1]["step"]
-    assert checkpoint.Checkpoint(RunFolder(out)).facts["step"] == step
-    again = kill(command, lambda: lines(out) > step, number)
-    assert f"holds the first {step} steps" in again.stdout and again.returncode == code
+    done = kill((*RUN, "--steps", "4000", "--out", out), lambda: lines(out) > 0, number)
+    step = int(re.fullmatch(r"train.py: stopped after step (\d+) of 4000; the same command continues: python train\.py "
+                            r"--method .*\n", done.stderr)[1])
+    assert done.returncode == 128 + number and Checkpoint(out).facts["step"] == step >= 10
 
 
-def test_a_signal_outside_of_training_is_one_line_too(tmp_path):
-    done = kill(("train.py", *COMMANDS["sft"], "--out", tmp_path / "run"),
-                lambda: (tmp_path / "run" / "config.json").exists(), signal.SIGTERM)
-    assert done.returncode == 143 and "the same command continues" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("method, config", [
+    (multilora, multilora.Config(modules=2, rank=2, dropout=0.3)),
+    (csreft, csreft.Config(subspaces=2, rank=2, layers="3,4", sparsity=0.1)),
+    (cofitune, cofitune.Config(layers="3", importance_batches=2))], ids=["multilora", "csreft", "cofitune"])
+def test_a_checkpoint_is_all_that_a_run_needs(tmp_path, monkeypatch, method, config):
+    """Eight steps at once, and eight with a stop after the fifth, to the same bits and records."""
+    monkeypatch.setattr(train, "LOG_EVERY", 3)
+    records, stop = [], lambda adapter, step: step == 4 and signal.raise_signal(signal.SIGINT)
+    run = lambda **more: trained_on_builtin(method, config, 8, save_every=0, log=records.append, **more)[1].tensors()
+    wanted = run()
+    with pytest.raises(Stopped, match="stopped after step 5 of 8"):
+        run(keep=Checkpoint(tmp_path), after=stop)
+    tensors = run(keep=Checkpoint(tmp_path))
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    records = [without_times(r) | {"tokens": round(r["tokens_per_second"] * r["seconds"])} for r in records]
+    assert [r["step"] for r in records] == [3, 6, 8] * 2 and records[:3] == records[3:]
 
 
-def pieces(method, config, tmp_path, without=None):
-    """({tensor: value}, records) of eight steps with a checkpoint after the fourth, one piece of which may be lost."""
-    tokenizer, examples = builtin_examples()
-    settings = train.Config(steps=8, batch_size=8, lr=1e-2, log_every=3, save_every=4)
-    records = []
-
-    def go(keep):
-        model = Llama.from_pretrained(BASE)
-        torch.manual_seed(0)
-        adapter = train.start_adapter(model, method, config)
-        train.train(model, adapter, examples, settings, tokenizer.pad_id, records.append, keep)
-        return {name: tensor.clone() for name, tensor in adapter.tensors().items()}
-
-    class Stop(Exception):
-        pass
-
-    class First(checkpoint.Checkpoint):
-        def save(self, *args, **facts):
-            super().save(*args, **facts)
-            raise Stop
-
-    path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(Stop):
-        go(First(RunFolder(tmp_path)))
-    keep = checkpoint.Checkpoint(RunFolder(tmp_path))
-    if without in keep.facts:
-        keep.facts[without] = {"step": 3, "losses": [], "tokens": 0, "seconds": 0.0}[without]
-    elif without:
-        tensors = {name: t.clone() for name, t in load_file(path).items()}
-        lost = [name for name in tensors if name.startswith(without)]
-        assert lost, f"there is no piece {without}"
-        fresh = pieces_at_start(method, config, tensors, lost)
-        checkpoint.save_tensors(path, {**tensors, **fresh}, {"facts": json.dumps(keep.facts)})
-    return go(keep), [without_times(r) | {"tokens": round(r["tokens_per_second"] * r["seconds"])} for r in records
-                      if r["step"] > 3]
+# ---------------------------------------------------------------------------------------------- which run is it?
 
 
-def pieces_at_start(method, config, tensors, lost):
-    """What the lost tensors of a checkpoint are where nothing is restored: the start's, or zero for an optimiser's."""
-    torch.manual_seed(0)
-    model = Llama.from_pretrained(BASE)
-    start = train.start_adapter(model, method, config).tensors()
-    return {name: start.get(name.removeprefix("adapter."), torch.zeros_like(tensors[name])).clone() for name in lost}
-
-
-LORA = multilora, multilora.Config(modules=2, rank=2, dropout=0.3)
-EDITS = csreft, csreft.Config(subspaces=2, rank=2, layers="3,4", sparsity=0.1)
-MASKED = cofitune, cofitune.Config(layers="3", importance_batches=2)
-
-
-@pytest.mark.parametrize("method, config", [LORA, EDITS, MASKED], ids=["multilora", "csreft", "cofitune"])
-def test_a_checkpoint_is_all_that_a_run_needs(tmp_path, method, config):
-    tokenizer, examples = builtin_examples()
-    settings, records = train.Config(steps=8, batch_size=8, lr=1e-2, log_every=3), []
-    model = Llama.from_pretrained(BASE)
-    torch.manual_seed(0)
-    adapter = train.start_adapter(model, method, config)
-    train.train(model, adapter, examples, settings, tokenizer.pad_id, records.append)
-    tensors, after = pieces(method, config, tmp_path)
-    for name, tensor in adapter.tensors().items():
-        assert torch.equal(tensors[name], tensor), name
-    assert after == [without_times(r) | {"tokens": round(r["tokens_per_second"] * r["seconds"])} for r in records
-                     if r["step"] > 3]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method, config, without", [
-    (*LORA, "adapter.model.layers.3.mlp.up_proj.multilora.A"), (*LORA, "optimizer.0.exp_avg"),
-    (*LORA, "optimizer.0.exp_avg_sq"), (*LORA, "optimizer.0.step"), (*LORA, "losses"), (*LORA, "step"),
-    (*LORA, "tokens"), (*EDITS, "adapter.csreft.R"), (*EDITS, "adapter.csreft.router"),
-    (*MASKED, "adapter.importance"), (*MASKED, "adapter.model")], ids=lambda value: value if type(value) is str else "")
-def test_every_piece_of_a_checkpoint_is_needed(tmp_path, method, config, without):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "broken").mkdir()
-    whole, records = pieces(method, config, tmp_path / "whole")
-    broken, others = pieces(method, config, tmp_path / "broken", without)
-    assert records != others or any(not torch.equal(whole[name], broken[name]) for name in whole)
-
-
-def test_a_finished_run_is_shown_and_left_alone(runs):
-    args = ("--method", "multilora", *COMMON, "--steps", "5")
-    out = runs(*args)
+def test_a_finished_run_is_shown_and_left_alone_and_another_is_refused(runs):
+    out = runs(*RUN[1:])
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()}
-    start = time.monotonic()
-    text = cli("train.py", *args, "--out", out).stdout
-    assert time.monotonic() - start < 10
-    assert "speciality" in text and "finished: nothing was done" in text and "step " not in text
-    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()} == before
-    cli("train.py", *args, "--out", out, "--save-every", "7", "--log-every", "2")  # still this very run
-    for flag, old, new in (("--rank", "4", "3"), ("--seed", "0", "1"), ("--dtype", "'auto'", "float64"),
+    os.umask(mask := os.umask(0))
+    assert {file.stat().st_mode & 0o777 for file in before} == {0o666 & ~mask}, "not the user's ordinary permissions"
+    for more in ((), ("--save-every", "7")):  # still this very run
+        text = here(*RUN, *more, "--out", out).stdout
+        assert "speciality" in text and "finished: nothing was done" in text and "step " not in text
+    for flag, old, new in (("--rank", "12", "3"), ("--seed", "0", "1"), ("--dtype", "'auto'", "float64"),
                            ("--base", "'base'", str(BASE)), ("--tasks", "'currency'", "tool")):
-        message = one_line_error("train.py", *args, flag, new, "--out", out)
-        assert f"holds another run: {flag} was {old}, and is now" in message and new in message
+        message = one_line_error(*RUN, flag, new, "--out", out)
+        assert f"holds another run: {flag} was {old}, and is now" in message and "--overwrite" in message
     assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.iterdir()} == before
 
 
 @pytest.mark.slow
 def test_other_code_other_data_and_another_base_are_named(tmp_path):
-    for name in SOURCES:
-        if (HERE / name).is_dir():
-            shutil.copytree(HERE / name, tmp_path / name)
-        else:
-            shutil.copy(HERE / name, tmp_path / name)
-    written(tmp_path / "a.jsonl", [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(60)])
+    project = clone(tmp_path / "project")
+    written(project / "a.jsonl", [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(60)])
     command = ("train.py", "--method", "lora", "--data", "a.jsonl", "--steps", "2", "--batch-size", "4")
-    cli(*command, cwd=tmp_path)
-    assert "finished" in cli(*command, cwd=tmp_path).stdout
-
-    def changed(file, name):
-        kept = (tmp_path / file).read_bytes()
-        (tmp_path / file).write_bytes(kept + b"\n")
-        message = one_line_error(*command, cwd=tmp_path, run=cli)
-        assert f"out/lora holds another run: {name} has changed since (SHA-256 " in message, message
-        assert "--overwrite" in message
-        (tmp_path / file).write_bytes(kept)
-
-    changed("multilora.py", "code file multilora.py")
-    changed("formats/known.py", "code file formats/known.py")
-    changed("a.jsonl", "data file a.jsonl")
-    changed("base/tokenizer_config.json", "base file tokenizer_config.json")
-    # another method's file is not part of this run
-    (tmp_path / "csreft.py").write_text((tmp_path / "csreft.py").read_text() + "\n")
-    assert "finished" in cli(*command, cwd=tmp_path).stdout
-    tensors = load_file(tmp_path / "base" / "model.safetensors")
-    checkpoint.save_tensors(tmp_path / "base" / "model.safetensors", {n: t * 1.01 for n, t in tensors.items()})
-    assert "base file model.safetensors" in one_line_error(*command, cwd=tmp_path, run=cli)
-    before = (tmp_path / "out" / "lora" / "adapter.safetensors").read_bytes()
-    cli(*command, "--overwrite", cwd=tmp_path)
-    assert (tmp_path / "out" / "lora" / "adapter.safetensors").read_bytes() != before
+    cli(*command, cwd=project)
+    for kind, file in (("code", "multilora.py"), ("code", "formats/known.py"), ("data", "a.jsonl"),
+                       ("base", "tokenizer_config.json"), ("base", "model.safetensors")):
+        path = project / ("base" if kind == "base" else "") / file
+        kept = path.read_bytes()
+        if file == "model.safetensors":
+            save_file({name: t * 1.01 for name, t in load_file(path).items()}, path)
+        else:
+            path.write_bytes(kept + b"\n")
+        message = one_line_error(*command, cwd=project, run=cli)
+        assert f"out/lora holds another run: {kind} file {file} has changed since (SHA-256 " in message, message
+        path.write_bytes(kept)
+    (project / "csreft.py").write_text((project / "csreft.py").read_text() + "\n")  # no part of this run
+    assert "finished" in cli(*command, cwd=project).stdout
 
 
-def test_a_folder_that_holds_no_run_is_refused(tmp_path):
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    message = one_line_error("train.py", "--method", "lora", *COMMON, "--out", tmp_path)
-    assert "config.json does not say what was asked for" in message and (tmp_path / "notes.txt").exists()
+    assert "holds another run" in one_line_error(*RUN, "--out", tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    assert "holds another run" in one_line_error("train.py", "--method", "lora", *COMMON, "--out", tmp_path)
+    assert "holds another run" in one_line_error(*RUN, "--out", tmp_path) and (tmp_path / "notes.txt").exists()
+    for out in ("base", HERE):
+        before = content(BASE)
+        assert "which this run reads" in one_line_error(*RUN, "--out", out, "--overwrite") and content(BASE) == before
 
 
-def test_a_bfloat16_base_is_computed_with_in_bfloat16_even_where_every_weight_is_trained():
-    for name in ("sft", "multilora"):
-        method, config = train.method_of(name)
-        model = Llama.from_pretrained(BASE, dtype=torch.bfloat16)
-        train.start_adapter(model, method, config)
-        with model.autocast():
-            assert model(random_ids(model)).dtype == torch.bfloat16, name
+def test_two_processes_never_work_in_one_folder(tmp_path):
+    """A killed one leaves no lock behind, and a refused one nothing at all."""
+    out = tmp_path / "run"
+    with RunFolder(out).locked():
+        assert "another process works in" in one_line_error(*RUN, "--out", out) and out.exists()
+    assert not out.exists()
+    process = start(*RUN, "--steps", "4000", "--out", out, stdout=subprocess.DEVNULL)
+    while not lines(out):
+        time.sleep(0.01)
+    assert "another process works in" in one_line_error(*RUN, "--out", out, "--overwrite")
+    process.kill()
+    process.wait()
+    with RunFolder(out).locked():
+        assert {file.name for file in tmp_path.iterdir()} == {"run"}
 
 
-def test_micro_batches_of_a_step_are_one_batch_for_the_importance(monkeypatch):
-    """Without dropout's draws, which differ: KL is replaced by the summed loss."""
-    monkeypatch.setattr(cofitune, "two_pass_kl", lambda model, b: model(b.ids, b.labels, reduction="sum"))
-    model = tiny(torch.float64)
-    linears = cofitune.find_linears(model, ["up_proj", "q_proj"])
-    ids = random_ids(model, 6, 9)
-    labels = ids.clone()
-    labels[:, :4] = -100
-    batch = lambda rows: Batch(ids[rows], labels[rows], Context(labels[rows] == -100))
-    one = cofitune.importance(model, linears, [[batch(slice(0, 6))]], 1e-12)
-    cut = cofitune.importance(model, linears, [[batch(slice(0, 2)), batch(slice(2, 6))]], 1e-12)
-    apart = cofitune.importance(model, linears, [[batch(slice(0, 2))], [batch(slice(2, 6))]], 1e-12)
-    for name in linears:
-        torch.testing.assert_close(cut[name], one[name], atol=1e-9, rtol=0)
-    assert any((apart[name] - one[name]).abs().max() > 1e-3 for name in linears)
+# ---------------------------------------------------------------------------------------------- --overwrite
+
+
+@pytest.fixture
+def old(runs, tmp_path):
+    """A finished run that must not be lost, with somebody's note beside its files."""
+    shutil.copytree(runs(*RUN[1:]), tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    return tmp_path / "run"
+
+
+def test_the_old_run_lies_beside_until_the_new_one_is_finished(old, monkeypatch):
+    """Twice overwritten, too, with an unfinished run between; the first one is what stays."""
+    before, beside = content(old), old.with_name("run.old")
+    for seed in ("1", "2"):
+        with monkeypatch.context() as patch:
+            broken_at(patch, 5, lambda loss: loss / 0)
+            message = one_line_error(*RUN, "--seed", seed, "--out", old, "--overwrite")
+        assert message.endswith(f"holds the first 4 steps; the run before this one is in {beside}")
+        assert content(beside) == {**before, MARK: b""} and Checkpoint(old).facts["step"] == 4
+    assert "--seed was 2, and is now 1" in one_line_error(*RUN, "--seed", "1", "--out", old)
+    assert "going on from step 4" in here(*RUN, "--seed", "2", "--out", old).stdout
+    assert [file.name for file in old.parent.iterdir()] == ["run"] and (old / "notes.txt").read_text() == "mine"
+    after = content(old)
+    assert after.keys() == before.keys() and after["adapter.safetensors"] != before["adapter.safetensors"]
+
+
+@pytest.mark.parametrize("flags", [("--targets", "q_prj"), ("--tasks", "juggling"), ("--rank", "1000000000")])
+def test_a_new_run_that_fails_at_its_start_changes_nothing(old, flags):
+    before = content(old)
+    one_line_error(*RUN, *flags, "--out", old, "--overwrite")
+    assert content(old) == before and [file.name for file in old.parent.iterdir()] == ["run"]
+
+
+def test_a_folder_that_only_has_the_name_of_an_old_run_stays(runs, tmp_path):
+    """Somebody has renamed a run to run.old, and starts another one."""
+    shutil.copytree(runs(*RUN[1:]), tmp_path / "run.old")
+    before = content(tmp_path / "run.old")
+    here(*RUN, "--out", tmp_path / "run")
+    assert "which exists" in one_line_error(*RUN, "--out", tmp_path / "run", "--overwrite")
+    one_line_error(*RUN, "--out", tmp_path / "other", "--targets", "q_prj")
+    assert content(tmp_path / "run.old") == before and (tmp_path / "run" / "results.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- training that fails
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs, tmp_path):
+    """No file may grow larger than 300 kB, which the first checkpoint is."""
+    out = tmp_path / "run"
+    full = start(*RUN, "--out", out, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+    error = full.communicate()[1]
+    assert full.returncode == 2 and len(error.strip().splitlines()) == 1, error
+    assert {file.name for file in out.iterdir()} == {"config.json", "metrics.jsonl"}
+    here(*RUN, "--out", out)
+    assert left(out) == left(runs(*RUN[1:]))
+
+
+def broken_at(monkeypatch, step, harm):
+    """Training whose forward pass ends as harm(loss) from this step on. Returns a list for the ids of that pass."""
+    forward, seen, count = Llama.forward, [], iter(range(1, 10**6))
+
+    def broken(self, ids, *args, **options):
+        loss, now = forward(self, ids, *args, **options), next(count)
+        if now == step:
+            seen.append(ids)
+        return loss if now < step else harm(loss)
+
+    monkeypatch.setattr(Llama, "forward", broken)
+    return seen
+
+
+@pytest.mark.parametrize("harm, words, clip", [
+    (lambda loss: loss / 0, "the loss is inf", "1"),
+    (lambda loss: loss + (loss - loss.detach()).sqrt(), "norm nan", "0")], ids=["loss", "slope alone"])
+def test_a_step_that_is_not_finite_names_its_rows_and_the_last_checkpoint(tmp_path, monkeypatch, harm, words, clip):
+    written(tmp_path / "rows.jsonl", [{"prompt": f"number {i}", "completion": "x"} for i in range(30)])
+    seen = broken_at(monkeypatch, 5, harm)
+    message = one_line_error(*RUN[:3], *RUN[5:], "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "run",
+                             "--clip", clip)
+    assert "at step 5 " in message and words in message and message.endswith("run holds the first 4 steps")
+    found = [int(line) for line in re.findall(r"rows\.jsonl:(\d+)", message)]
+    texts = map(Tokenizer.from_pretrained(BASE).decode, seen[0].tolist())
+    assert len(found) == 3 and "and 1 more" in message
+    assert set(found) <= {int(re.search(r"number (\d+)", text)[1]) + 1 for text in texts}
+
+
+def test_after_too_little_memory_the_last_checkpoint_stays(runs, tmp_path, monkeypatch):
+    def harm(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    with monkeypatch.context() as patch:
+        broken_at(patch, 5, harm)
+        message = one_line_error(*RUN, "--out", tmp_path / "run")
+    assert "not enough memory: CUDA out of memory. Tried to allocate 2.00 GiB.; " in message
+    assert message.endswith("holds the first 4 steps")
+    here(*RUN, "--out", tmp_path / "run")
+    assert left(tmp_path / "run") == left(runs(*RUN[1:]))
+    for error in (MemoryError(), RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")):
+        assert user_message(error) == f"not enough memory: {error}"
+    with pytest.raises(RuntimeError, match="shapes differ"):  # a bug, which keeps its traceback
+        user_message(RuntimeError("shapes differ"))

@@ -2,16 +2,16 @@
 template a checkpoint says."""
 
 import json
+import shutil
 
 import pytest
 import tokenizers
 
 import data
-from data import Example, Segment
 from formats import TEMPLATES, choose, named
-from formats.known import conversation
+from formats.known import conversation, example
 from model import UserError
-from tests.helpers import BASE, REAL, TINY, here, tokenizer_folder
+from tests.helpers import BASE, REAL, TINY, here, needs_real, tokenizer_folder
 
 # As published with Llama 2 Chat, Llama 3 Instruct, Zephyr and TinyLlama Chat, SmolLM Instruct.
 PUBLISHED = {
@@ -46,25 +46,23 @@ SPACED = [{"role": "user", "content": "\n Hi  "}, {"role": "assistant", "content
 SPACED_SYSTEM = [{"role": "system", "content": " \nBe brief.  "}] + SPACED + SPACED
 
 
-def kinds(folder):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
     """{kind: folder} of a byte-level tokenizer, one of Llama 2's kind (a space before any text, bytes where there is no
     token), one of its newer kind (before the first text only), and a real one where it is at hand."""
-    names = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    found = {}
+    folder, steps, found = tmp_path_factory.mktemp("tokenizers"), tokenizers.normalizers, {}
     for kind in ("bytes", "prepend", "first"):
         fast = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json"))
         if kind != "bytes":
             fast = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-            trainer = tokenizers.trainers.BpeTrainer(
-                vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"],
-                initial_alphabet=[chr(i) for i in range(33, 127)])
             fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()  # no token reaches over a space, as in Llama's
-            fast.train_from_iterator(["What is [INST] the [/INST] answer Be brief"] * 3, trainer)
-            state = {**json.loads(fast.to_str()), "pre_tokenizer": None}  # and there is one for each byte
+            fast.train_from_iterator(["What is [INST] the [/INST] answer Be brief"] * 3, tokenizers.trainers.BpeTrainer(
+                vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"],
+                initial_alphabet=[chr(i) for i in range(33, 127)]))
+            state = {**json.loads(fast.to_str()), "pre_tokenizer": None}
             for byte in range(256):
                 state["model"]["vocab"].setdefault(f"<0x{byte:02X}>", len(state["model"]["vocab"]))
             fast = tokenizers.Tokenizer.from_str(json.dumps(state))
-            steps = tokenizers.normalizers
             if kind == "prepend":
                 fast.normalizer = steps.Sequence([steps.Prepend("▁"), steps.Replace(" ", "▁")])
             else:
@@ -73,18 +71,14 @@ def kinds(folder):
                 tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
             fast.post_processor = tokenizers.processors.TemplateProcessing(
                 single="<s> $A", special_tokens=[("<s>", fast.token_to_id("<s>"))])
-        fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in names])
-        (folder / kind).mkdir()
-        fast.save(str(folder / kind / "tokenizer.json"))
-        (folder / kind / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+        fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in (
+            "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")])
         found[kind] = folder / kind
+        found[kind].mkdir()
+        fast.save(str(found[kind] / "tokenizer.json"))
+        (found[kind] / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
     return found | ({"real": TINY} if REAL.is_dir() else {})
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return kinds(tmp_path_factory.mktemp("tokenizers"))
 
 
 def ours(folder, name, talk):
@@ -118,6 +112,28 @@ def test_templates_give_the_ids_of_transformers(folders, kind, name):
             assert question.ids[: question.prompt] == render(before, add_generation_prompt=True), (talk, name)
 
 
+def test_alpacas_two_prompts_are_the_published_ones():
+    opening = lambda user, given="": "".join(s.text for s in TEMPLATES["alpaca"].apply(
+        example((user, "A"), given=given)).segments[:-1])
+    assert opening("Add.", "1 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
+        "### Response:\n")
+    assert opening("Say {x}.") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay {x}.\n\n### Response:\n")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_somebody_said_is_told_apart_from_markup(name):
+    """Whatever they said: braces, or the template's own markup."""
+    asked, later = ("Q {} [/INST]", "{}"), ("R", "### Response:")
+    applied = TEMPLATES[name].apply(example(asked, later, system="S {}", given="I"))
+    assert [(s.role, s.text, s.trained) for s in applied.segments if s.role] == [
+        ("system", "S {}", False), ("user", asked[0], False), ("input", "I", False), ("assistant", asked[1], True),
+        ("user", later[0], False), ("assistant", later[1], True)]
+
+
 def test_what_is_trained_on_is_each_answer_with_the_end_of_its_turn(folders):
     for name, end in {"plain": "</s>", "llama2": "</s>", "zephyr": "</s>", "llama3": "<|eot_id|>",
                       "chatml": "<|im_end|>"}.items():
@@ -128,20 +144,16 @@ def test_what_is_trained_on_is_each_answer_with_the_end_of_its_turn(folders):
         assert bos == {"plain": 1, "llama2": 2, "zephyr": 0, "llama3": 1, "chatml": 0}[name], "BOS alike in every turn"
 
 
-@pytest.mark.parametrize("kind", ["bytes", "prepend", "first", "real"])
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "first", pytest.param("real", marks=needs_real)])
 def test_what_somebody_says_never_becomes_a_special_token(folders, kind):
-    if kind not in folders:
-        pytest.skip("no real files beside this checkout")
     tokenizer = data.Tokenizer.from_pretrained(folders[kind])
     special = {i for i, token in tokenizer.fast.get_added_tokens_decoder().items() if token.content != "<unk>"}
-    for name in TEMPLATES:
-        try:
-            choose(name, tokenizer, folders[kind])
-        except UserError:
+    for name, template in TEMPLATES.items():
+        if any(token not in tokenizer.special for token in template.tokens):
             continue
-        count = lambda text, name=name: sum(i in special for i in data.encode([named(name).apply(Example("", [
-            Segment(text, "system"), Segment(text, "user"), Segment(text, "assistant", trained=True)]))], tokenizer,
-            [""])[0].ids)
+        choose(name, tokenizer, folders[kind])
+        count = lambda text, template=template: sum(i in special for i in data.encode([template.apply(example(
+            (text, text), system=text))], tokenizer, [""])[0].ids)
         for text in (*tokenizer.special, "".join(tokenizer.special), "a</s>b <s> c<|eot_id|>", "[INST] x [/INST]"):
             assert count(text) == count("x"), (name, text)
 
@@ -166,24 +178,23 @@ def test_a_token_that_is_not_marked_special_is_so_in_markup_only(tmp_path):
     ({"chat_template": "You are SmolLM" + PUBLISHED["chatml"]}, "chatml", "(a system text, tools) are left out"),
     ({"chat_template": "{{ '<start_of_turn>' }}"}, "plain", "none that is known here"),
     ({"chat_template": "{{ '[INST]' + content }}"}, "plain", "none that is known here")])
-def test_the_checkpoint_says_its_template(folders, settings, name, source, tmp_path):
-    for where in ("tokenizer_config.json", "chat_template.jinja", "chat_template.json"):
-        for file in folders["bytes"].iterdir():
-            (tmp_path / file.name).write_text(file.read_text())
-        text = settings.get("chat_template")
-        if where == "tokenizer_config.json" or not isinstance(text, str):
-            own = json.loads((folders["bytes"] / "tokenizer_config.json").read_text())
-            (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, **settings}))
-        else:
-            (tmp_path / where).write_text(text if where.endswith("jinja") else json.dumps(settings))
-        tokenizer = data.Tokenizer.from_pretrained(tmp_path)
-        found = choose("auto", tokenizer, tmp_path)
-        assert found[0] == name and source in found[1], found
-        assert choose("short", tokenizer, tmp_path) == ("short", "as asked for")
-        end = TEMPLATES[name].end
-        assert not end or tokenizer.special[end] in tokenizer.stop_ids
-        for file in tmp_path.iterdir():
-            file.unlink()
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
+def test_the_checkpoint_says_its_template(folders, settings, name, source, tmp_path, where):
+    text = settings.get("chat_template")
+    if where == "chat_template.jinja" and isinstance(text, str):
+        (tmp_path / where).write_text(text)
+        settings = {}
+    elif where == "chat_template.json":
+        (tmp_path / where).write_text(json.dumps({"chat_template": text}))
+        settings = {key: value for key, value in settings.items() if key == "template"}
+    own = json.loads((folders["bytes"] / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, **settings}))
+    shutil.copy(folders["bytes"] / "tokenizer.json", tmp_path)
+    tokenizer = data.Tokenizer.from_pretrained(tmp_path)
+    found = choose("auto", tokenizer, tmp_path)
+    assert found[0] == name and source in found[1], found
+    assert choose("short", tokenizer, tmp_path) == ("short", "as asked for")
+    assert not TEMPLATES[name].end or tokenizer.special[TEMPLATES[name].end] in tokenizer.stop_ids
 
 
 def test_a_template_whose_tokens_are_absent_is_refused(tmp_path):

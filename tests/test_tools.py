@@ -13,8 +13,6 @@ from safetensors.torch import load_file
 import data
 import train
 from base import suite as builtin
-from formats import TEMPLATES
-from formats.known import example
 from model import Llama
 from tests.helpers import (
     BASE, COPA, PASSAGE, QUICK, cli, here, json_lines, one_line_error, random_ids, written)
@@ -36,7 +34,7 @@ def test_chat_with_an_adapter_samples_by_seed(runs):
     said = [text.rsplit("\n[", 1)[0] for text in said]
     assert said[0] == said[1] != said[2]
     model, tokenizer = train.load_run(out, base=BASE)[0], data.Tokenizer.from_pretrained(BASE)
-    prompt = tokenizer.encode(TEMPLATES["short"].apply(example((asked := "Name the tool of Zegen.", ""))).texts()[0][0])
+    prompt = tokenizer.encode(f"### Instruction:\n{(asked := 'Name the tool of Zegen.')}\n\n### Response:\n")
     wanted = tokenizer.decode(model.generate([prompt], 64, tokenizer.stop_ids)[0])
     plain, tuned = (here("-m", "tools.chat", "base", asked, *more).stdout.split("\n[")[0]
                     for more in ((), ("--adapter", out)))
@@ -83,7 +81,7 @@ def test_base_switches_the_adapter_off_and_on_in_a_conversation(runs, monkeypatc
 def test_runs_are_drawn_and_matplotlib_is_asked_for_in_one_line(runs, tmp_path, monkeypatch):
     folders = [runs("--method", method, *QUICK) for method in ("multilora", "csreft")]
     png = tmp_path / "a.png"
-    assert "expected results.json" in one_line_error("-m", "tools.plot", tmp_path)
+    assert "results.json does not exist" in one_line_error("-m", "tools.plot", tmp_path)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         assert "pip install matplotlib" in one_line_error("-m", "tools.plot", *folders, "--png", png)
@@ -102,19 +100,19 @@ def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
     file, outputs = written(tmp_path / "orders.json", orders, "array"), tmp_path / "new" / "outputs.json"
     args = ("-m", "tools.chat", "base", "--prompts", file, "--outputs", outputs, "--max-new-tokens", "8")
     done = cli(*args, "--generator", "ours")
-    assert "1 prompts are longer than" in done.stderr and "3 answers" in done.stdout
+    assert "1 prompts are longer than" in done.stdout and "3 answers" in done.stdout
     found = json.loads(outputs.read_text())
     assert [(o["dataset"], o["instruction"], o["generator"]) for o in found] == [
         ("sums", orders[0]["instruction"], "ours"), ("orders", orders[1]["instruction"], "ours"),
         ("orders", orders[2]["instruction"], "ours")]
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
-    asked = TEMPLATES["short"].apply(example(("Reverse:", ""), given="a b c")).texts()[0][0]
+    asked = "### Instruction:\nReverse:\n\na b c\n\n### Response:\n"
     answer = model.generate([tokenizer.encode(asked)], 8, tokenizer.stop_ids)[0]
     assert found[0]["output"] == "55" and found[1]["output"] == tokenizer.decode(answer).strip()
     assert "is there already" in one_line_error(*args)
     written(file, [{"instruction": "fine"}, {"prompt": "none"}])
     message = one_line_error(*args[:-3], tmp_path / "other.json")
-    assert f"{file}:2: no field 'instruction'" in message and not (tmp_path / "other.json").exists()
+    assert ":2 cannot be read: 'instruction' is missing" in message and not (tmp_path / "other.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -257,19 +255,19 @@ def test_pretraining_makes_a_base_from_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("program, args, names", [
-    ("tools.chat", ["nowhere", "Hello"], ["nowhere", "no such folder"]),
+    ("tools.chat", ["nowhere", "Hello"], ["nowhere", "does not exist"]),
     ("tools.chat", [], ["checkpoint"]),
     ("tools.chat", ["base", "Hello", "--adapter", "base"], ["no adapter.safetensors"]),
     ("tools.chat", ["base", "Hello", "--prompts", "x.json"], ["one of", "--prompts"]),
     ("tools.chat", ["base", "--prompts", "none.json"], ["none.json", "cannot be read"]),
-    ("tools.chat", ["base", "Hello", "--max-new-tokens", "0"], ["--max-new-tokens must be at least 1"]),
+    ("tools.chat", ["base", "Hello", "--max-new-tokens", "0"], ["--max-new-tokens from 1"]),
     ("tools.chat", ["base", "Hello", "--max-new-tokens", "1023"], ["--max-new-tokens 1023", "1024 positions"]),
     ("tools.chat", ["base", "a b " * 700], ["the prompt has", "room for 960"]),
     ("tools.chat", ["base", "Hello", "--template", "chatty"], ["chatty", "alpaca"]),
     ("tools.chat", ["base", "Hello", "--temperature", "nan"], ["--temperature 0 or from 0.01 to 100"]),
-    ("tools.chat", ["base", "Hello", "--seed", "1" * 40], ["--seed is 1111", "expected from 0"]),
-    ("tools.chat", ["base", "Hell\udcff"], ["surrogate"]),
-    ("tools.chat", ["base", "Hello", "--temprature", "1"], ["'--temprature'", "did you mean --temperature"]),
+    ("tools.chat", ["base", "Hello", "--seed", "1" * 40], ["--seed from 0"]),
+    ("tools.chat", ["base", "Hell\udcff"], ["the prompt cannot be read"]),
+    ("tools.chat", ["base", "Hello", "--temprature", "1"], ["--temprature", "--help lists"]),
     ("tools.export", ["base", "--hf", "x"], ["no adapter.safetensors"]),
     ("tools.export", ["base"], ["one of --hf DIR and --peft DIR"]),
     ("tools.export", ["base", "--hf", "x", "--peft", "y"], ["one of --hf DIR and --peft DIR"]),
@@ -277,7 +275,7 @@ def test_pretraining_makes_a_base_from_nothing(tmp_path):
     ("tools.show", ["--base", "nowhere"], ["nowhere"]),
     ("tools.show", ["--template", "chatty"], ["chatty", "alpaca"]),
     ("tools.pretrain", ["--steps", "0", "--out", "x"], ["--steps is 0"]),
-    ("tools.pretrain", ["--method", "lora", "--out", "x"], ["'--method'", "--help lists them all"]),
+    ("tools.pretrain", ["--method", "lora", "--out", "x"], ["--method", "--help lists"]),
 ])
 def test_a_mistake_is_one_clear_line(tmp_path, program, args, names):
     (tmp_path / "base").symlink_to(BASE)

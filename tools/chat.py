@@ -6,57 +6,29 @@
     python -m tools.chat LLAMA --prompts alpaca_eval.json --outputs model_outputs.json --max-new-tokens 512
 """
 
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from data import Example, Segment, Tokenizer, encode
+from data import Example, Segment, Tokenizer, encode, in_batches
 from engine.flags import Parser, command_line
 from formats import TEMPLATES, choose, named, read_records
-from formats.known import text_of
-from model import Llama, UserError, write_json
-from train import load_run, place
+from model import Llama, UserError, reading, write_json
+from train import device_and_dtype, load_run
 
 
-def answer_all(tokenizer, tokens, file, out, complete, room, generator, batch=32):
-    """Answers the `instruction` of every record of a file; writes AlpacaEval's JSON, in the file's order.
-
-    tokens(segments) -> prompt ids; complete(prompts) -> lists of new ids. Prompts of more than `room` tokens lose those
-    behind their first one.
-    """
-    if out.exists():
-        raise UserError(f"--outputs {out} is there already: name a new file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    records = []
+def read_prompts(file):
+    """[record] of a file of instructions, AlpacaEval's say, and [its segments]."""
+    records, asked = [], []
     for line, record, error in read_records(file):
-        try:
-            if error or type(record) is not dict:
-                raise UserError(error or "no object with named fields")
-            for name in ("instruction", *(n for n in ("input", "dataset") if record.get(n))):
-                text_of(record, name)
-        except UserError as error:
-            raise UserError(f"{file}:{line}: {error}") from None
-        records.append(record)
-    said = [[Segment(r["instruction"], "user"), *([Segment(r["input"], "input")] if r.get("input") else [])]
-            for r in records]
-    prompts = [tokens(segments) for segments in said]
-    if long := sum(len(p) > room for p in prompts):
-        print(f"{long} prompts are longer than {room} tokens: cut", file=sys.stderr)
-    prompts = [p[:1] + p[1:][-(room - 1) :] for p in prompts]
-    order, answers, start = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}, time.perf_counter()
-    for at in range(0, len(order), batch):
-        part = order[at : at + batch]
-        answers.update(zip(part, complete([prompts[i] for i in part])))
-        seconds = time.perf_counter() - start
-        print(f"{len(answers)}/{len(order)} answers, ETA {seconds / len(answers) * (len(order) - len(answers)):.0f} s",
-              file=sys.stderr)
-    write_json(out, [{"dataset": r.get("dataset") or Path(file).stem, "instruction": r["instruction"],
-                      "output": tokenizer.decode(answers[i]).strip(), "generator": generator}
-                     for i, r in enumerate(records)])
-    print(f"{out}: {len(records)} answers")
+        with reading(f"{file}:{line}"):
+            if error:
+                raise UserError(f"{file}:{line}: {error}")
+            records.append(record)
+            asked.append([Segment(record["instruction"], "user"), Segment(record.get("input") or "", "input")])
+    return records, [[s for s in segments if s.text] for segments in asked]
 
 
 def main():
@@ -64,8 +36,8 @@ def main():
     parser.add_argument("checkpoint", type=Path, help="folder in Hugging Face layout, such as base")
     parser.add_argument("prompt", nargs="?", help="default: a conversation")
     parser.add_argument("--adapter", metavar="RUN", help="finished run of train.py on this checkpoint")
-    parser.add_argument("--prompts", metavar="FILE", help="answer the instruction of each record, AlpacaEval's say")
-    parser.add_argument("--outputs", type=Path, default="model_outputs.json", help="where to (%(default)s)")
+    parser.add_argument("--prompts", metavar="FILE", help="answer the instruction of each record of a file")
+    parser.add_argument("--outputs", type=Path, default="model_outputs.json", help="AlpacaEval's JSON (%(default)s)")
     parser.add_argument("--generator", help="name of the answerer in there; default: run folder or checkpoint")
     parser.add_argument("--template", choices=TEMPLATES, help="default: the run's, the checkpoint's or plain")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -74,20 +46,20 @@ def main():
     parser.add_argument("--device", default="auto", help="as in train.py, and so is --dtype")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     args = parser.parse_args()
+    warm = args.temperature == 0 or 0.01 <= args.temperature <= 100
+    if args.max_new_tokens < 1 or not warm or not 0 <= args.seed < 2**63:
+        raise UserError("expected --max-new-tokens from 1, --temperature 0 or from 0.01 to 100, --seed from 0 to 9e18")
     if args.prompt is not None and args.prompts:
         raise UserError('give one of "prompt" and --prompts FILE')
-    if args.max_new_tokens < 1 or not (args.temperature == 0 or 0.01 <= args.temperature <= 100):
-        raise UserError("--max-new-tokens must be at least 1, --temperature 0 or from 0.01 to 100")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed is {args.seed!r:.80}, expected from 0 to 9e18")
+    if args.prompts and args.outputs.exists():
+        raise UserError(f"--outputs {args.outputs} is there already: name a new file")
 
-    text_of({"prompt": args.prompt or ""}, "prompt", empty=True)
-
-    saved, (device, dtype) = {}, place(args)
+    saved, (device, dtype) = {}, device_and_dtype(args)
+    base = lambda: Llama.from_pretrained(args.checkpoint, device, dtype)
     if args.adapter:
-        model, _, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
+        model, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
     else:
-        model = Llama.from_pretrained(args.checkpoint, device, dtype)
+        model = base()
     speakers = [model]  # the first one answers
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     template = named(choose(args.template or saved.get("template", "auto"), tokenizer, args.checkpoint)[0])
@@ -98,12 +70,12 @@ def main():
                         f"{model.config.max_position_embeddings} positions")
 
     def tokens(segments):
-        return encode([template.apply(Example("", segments))], tokenizer, [""])[0].ids
+        with reading("the prompt"):
+            return encode([template.apply(Example("", segments))], tokenizer, [""])[0].ids
 
     def complete(prompts):
-        model = speakers[0]
-        with model.autocast():
-            return model.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
+        with speakers[0].autocast():
+            return speakers[0].generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
 
     def answer(segments):
         """Prints the answer to a conversation, and its speed; returns its text."""
@@ -117,8 +89,18 @@ def main():
         return text
 
     if args.prompts:
-        return answer_all(tokenizer, tokens, args.prompts, args.outputs, complete, room,
-                          args.generator or str(args.adapter or args.checkpoint))
+        records, asked = read_prompts(args.prompts)
+        prompts = [tokens(segments) for segments in asked]
+        if long := sum(len(prompt) > room for prompt in prompts):
+            print(f"{long} prompts are longer than {room} tokens: cut behind their first token")
+        prompts = [prompt[:1] + prompt[1:][-(room - 1) :] for prompt in prompts]
+        answers = in_batches(complete, prompts, 32, len, "answers, batch")
+        write_json(args.outputs, [{"dataset": r.get("dataset") or Path(args.prompts).stem,
+                                   "instruction": r["instruction"], "output": tokenizer.decode(new).strip(),
+                                   "generator": args.generator or str(args.adapter or args.checkpoint)}
+                                  for r, new in zip(records, answers)])
+        print(f"{args.outputs}: {len(records)} answers")
+        return
     if args.prompt is not None:
         answer([Segment(args.prompt, "user")])
         return
@@ -127,7 +109,7 @@ def main():
         while line := input("> ").strip():
             if line == "/base":
                 if args.adapter and len(speakers) == 1:
-                    speakers.append(Llama.from_pretrained(args.checkpoint, device, dtype))
+                    speakers.append(base())
                 speakers.reverse()
                 print("[with the adapter]" if args.adapter and speakers[0] is model else "[the base]")
                 continue

@@ -4,6 +4,7 @@
     python -m tools.export out/multilora --peft adapter     # MultiLoRA, LoRA: a PEFT LoRA adapter of rank n r
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from data import Tokenizer
 from engine.checkpoint import save_tensors
 from engine.flags import Parser, command_line
-from engine.folder import beside, locked
 from formats import choose, named
 from model import UserError, open_tensors, read_json, tensor_files, write_json, written
 from train import load_run
@@ -23,8 +23,8 @@ BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 def save_merged(run, base, out):
     """A plain checkpoint with the adapter folded in, in the base's dtype, tokenizer files beside it. transformers
     chats with it in the template that the run was trained with, and stops where an answer ends."""
-    model, adapter, _, saved = load_run(run, base=base)
-    checkpoint = Path(base or saved["settings"]["base"])
+    model, adapter, saved = load_run(run, base=base)
+    checkpoint = Path(base or saved["asked"]["settings"]["base"])
     adapter.merge()
     name, file = next(iter(tensor_files(checkpoint).items()))
     with open_tensors(file) as tensors:
@@ -47,7 +47,7 @@ def save_merged(run, base, out):
 def save_peft(run, base, out):
     """A standard PEFT LoRA adapter: A_i stacked, (alpha / r) s_i * B_i side by side, and a scaling of one. Exact, since
     the n modules are one pair of matrix products anyway."""
-    _, adapter, _, saved = load_run(run, base=base)
+    _, adapter, saved = load_run(run, base=base)
     if not hasattr(adapter, "deltas"):
         raise UserError(f"{run}: only MultiLoRA and LoRA are a LoRA adapter, and {saved['method']!r} is not")
     tensors = {}
@@ -59,7 +59,7 @@ def save_peft(run, base, out):
     save_tensors(out / "adapter_model.safetensors", tensors)
     write_json(out / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base or saved["settings"]["base"]), "r": rank,
+        "base_model_name_or_path": str(base or saved["asked"]["settings"]["base"]), "r": rank,
         "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "target_modules": sorted({name.rsplit(".", 1)[1] for name in adapter.linears})})
     return f"a PEFT LoRA adapter of rank {rank} for {len(adapter.linears)} layers"
@@ -75,12 +75,14 @@ def main():
     if bool(args.hf) + bool(args.peft) != 1:
         raise UserError("give one of --hf DIR and --peft DIR")
     out = args.hf or args.peft
-    with locked(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} holds something already: name a new folder")
-        whole = beside(out, "new")  # removed with the lock, should something go wrong
-        what = (save_merged if args.hf else save_peft)(args.run, args.base, whole)
-        whole.replace(out.resolve())
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something already: name a new folder")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")  # becomes `out` when it is whole
+    try:
+        what = (save_merged if args.hf else save_peft)(args.run, args.base, part)
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     print(f"{out}: {what}")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import data
-from cofitune import harmonic
+from cofitune import harmonic, title
 from engine.flags import Parser, command_line
 from engine.table import wilson
 from model import LINEARS, UserError, read_json, written
@@ -48,17 +48,17 @@ def draw_loss(axes, runs):
 
 
 def draw_scores(axes, runs):
-    """Before, as a light bar, and after, with 95 % intervals where the number of rows is known."""
-    tasks = list(dict.fromkeys(t for r in runs.values() for t, s in r["tasks"].items() if s["score"] != "loss"))
+    """Percentages before, as a light bar, and after, with 95 % intervals."""
+    tasks = list(dict.fromkeys(t for r in runs.values() for t, s in r["tasks"].items() if s["unit"] == "%"))
     height = 0.8 / len(runs)
     for i, (run, results) in enumerate(runs.items()):
+        found = [(tasks.index(t), s) for t, s in results["tasks"].items() if t in tasks]
+        places = [place + (i - (len(runs) - 1) / 2) * height for place, _ in found]
         for when, alpha in (("before", 0.25), ("after", 1.0)):
-            found = [(t, results["tasks"][t]) for t in tasks if t in results["tasks"]]
-            found = [(tasks.index(t), s[when], s.get("rows")) for t, s in found if s[when] is not None]
-            places = [place + (i - (len(runs) - 1) / 2) * height for place, *_ in found]
-            reach = [[v - wilson(v, n)[0] for _, v, n in found if n], [wilson(v, n)[1] - v for _, v, n in found if n]]
-            axes.barh(places, [v for _, v, _ in found], height * 0.9, color=f"C{i}", alpha=alpha,
-                      label=f"{run.name}, {when}", xerr=reach if len(reach[0]) == len(found) else None,
+            values = [s[when] for _, s in found]
+            reach = [[abs(v - wilson(v, s["rows"])[side]) for v, (_, s) in zip(values, found)]
+                     for side in (0, 1)]
+            axes.barh(places, values, height * 0.9, color=f"C{i}", alpha=alpha, label=f"{run.name}, {when}", xerr=reach,
                       error_kw={"linewidth": 0.7, "alpha": 1.0})
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
@@ -86,40 +86,32 @@ def draw_spectra(axes, name, adapter):
 
 
 def draw_tree(axes, run, chosen):
-    """A search's nodes by what they learned and kept; lines of equal harmonic mean; a star for the chosen one."""
-    nodes = {file.parent.name: [p for p in read_json(file)["points"] if p["share"]]
-             for file in sorted(run.glob("search/*/results.json"))}
-    bests = {name: max(points, key=harmonic) for name, points in nodes.items()}
-    for i, (name, best) in enumerate(sorted(bests.items(), key=lambda item: item[1]["versatility"])):
-        axes.errorbar(best["speciality"], best["versatility"], *reversed(best["errors"]), fmt="*" if name == chosen
-                      else ".", markersize=13 if name == chosen else 6, color="C3" if name == chosen else "C0",
-                      linewidth=0.7)
-        axes.annotate(name, (best["speciality"], best["versatility"]), (70, 100 * (i + 0.5) / len(bests)), fontsize=7,
-                      va="center", arrowprops={"arrowstyle": "-", "linewidth": 0.3})
-    for H in range(10, 100, 10):  # V = H S / (2 S - H)
-        line = [(H / 2 + step / 4, H * (H / 2 + step / 4) / (step / 2)) for step in range(1, 400)]
-        line = [(S, V) for S, V in line if S <= 100 and V <= 100]
-        axes.plot(*zip(*line), color="0.85", linewidth=0.7, zorder=0)
-    axes.set(title=f"{run.name}: nodes of the search, lines of equal H", xlabel="speciality (%)",
-             ylabel="versatility (%)", xlim=(0, 100), ylim=(0, 100))
+    """A search's nodes by what they learned and kept, each at its best share; a star for the chosen one."""
+    for file in sorted(run.glob("search/*/results.json")):
+        best = max((p for p in read_json(file)["points"] if p["share"]), key=harmonic)
+        place, star = (best["speciality"], best["versatility"]), file.parent.name == chosen
+        axes.errorbar(*place, *reversed(best["errors"]), fmt="*" if star else ".", markersize=13 if star else 6,
+                      color="C3" if star else "C0", linewidth=0.7)
+        axes.annotate(file.parent.name, place, (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(title=f"{run.name}: nodes of the search", xlabel="speciality (%)", ylabel="versatility (%)",
+             xlim=(0, 100), ylim=(0, 100))
 
 
 def panels_of(run, results):
     """[function of axes] for what a run's method learned."""
-    if run_tree := sorted(run.glob("search/*/results.json")):
-        report = results["report"]
-        kinds = {"gate_proj,up_proj,down_proj": "FFN", "q_proj,k_proj,v_proj,o_proj": "MHA"}
-        chosen = f"{report['layers'].replace('%', '')}-{kinds.get(report['modules'], report['modules'])}"
-        return [lambda axes: draw_tree(axes, run, chosen.replace(",", "+"))] if run_tree else []
-    if not {"total_rank", "edit_parameters"} & results["report"].keys():
+    report = results["report"]
+    if (run / "search").exists():
+        chosen = f"{report['layers'].replace('%', '')}-{title(report['modules']).replace(',', '+')}"
+        return [lambda axes: draw_tree(axes, run, chosen)]
+    if not {"total_rank", "edit_parameters"} & report.keys():
         return []
-    model, adapter, _, saved = load_run(run)
+    model, adapter, saved = load_run(run)
     if hasattr(adapter, "deltas"):
         return [lambda axes: draw_spectra(axes, run.name, adapter)]
     if adapter.edits.router is None:
         return []
-    config = Config(**saved["settings"])
-    suite, tokenizer = load_data(config, limit=min(config.eval_limit or 50, 50), train=False)
+    config = Config(**saved["asked"]["settings"])
+    suite, tokenizer, _ = load_data(config, limit=min(config.eval_limit or 50, 50), train=False)
     gates = gates_by_task(model, adapter, suite.tests, tokenizer.pad_id)
     return [lambda axes: draw_gates(axes, run.name, gates)]
 
@@ -129,23 +121,16 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folder, such as out/multilora")
     parser.add_argument("--png", type=Path, help="where to; default: plot.png in the first run's folder")
     args = parser.parse_args()
-    runs = {}
-    for run in args.runs:
-        if not (run / "results.json").exists() or not (run / "metrics.jsonl").exists():
-            raise UserError(f"{run} holds no finished run: expected results.json and metrics.jsonl")
-        runs[run] = read_json(run / "results.json")
     try:
         import matplotlib
     except ImportError:
         raise UserError("matplotlib, which draws, is not installed: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = [lambda axes: draw_loss(axes, runs)]
-    if any(s["score"] != "loss" for r in runs.values() for s in r["tasks"].values()):
-        panels.append(lambda axes: draw_scores(axes, runs))
+    runs = {run: read_json(run / "results.json") for run in args.runs}
+    panels = [lambda axes: draw_loss(axes, runs), lambda axes: draw_scores(axes, runs)]
     panels += [panel for run, results in runs.items() for panel in panels_of(run, results)]
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7, "legend.frameon": False,
-                         "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"font.size": 9, "legend.fontsize": 7, "legend.frameon": False})
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False,

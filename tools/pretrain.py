@@ -3,10 +3,13 @@
     python -m tools.pretrain --overwrite
 """
 
+import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+import torch.nn as nn
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -14,8 +17,8 @@ from base import suite as builtin
 from data import Tokenizer, encode_suite
 from engine.flags import Parser, add_flags, check, command_line, program
 from engine.folder import RunFolder, provenance
-from model import Adapter, Llama, LlamaConfig, UserError, write_json
-from train import Config, learn, place
+from model import Adapter, Llama, LlamaConfig, UserError, write_json, written
+from train import Config, device_and_dtype, learn
 
 FLAGS = ("steps", "batch_size", "lr", "weight_decay", "seed", "device", "dtype", "eval_limit", "out", "overwrite")
 DEFAULTS = Config(steps=3600, batch_size=96, lr=2e-3, weight_decay=0.1, samples=0, out="base")
@@ -36,12 +39,35 @@ def train_tokenizer(examples, size=512):
     return Tokenizer(fast, bos_id=1, eos_id=2, pad_id=0, stop_ids={2}, template="short")
 
 
+def save_tokenizer(tokenizer, path):
+    """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
+    with written(path / "tokenizer.json") as part:
+        part.write_text(tokenizer.fast.to_str(pretty=True), encoding="utf-8")
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    write_json(path / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        **{name: tokenizer.fast.id_to_token(i) for name, i in special.items()}, "template": tokenizer.template})
+
+
+def init_weights(model, seed):
+    """Fresh weights: normal(0, 0.02), the two projections that write to the residual stream smaller by 1/sqrt(2 L)
+    (GPT-2's rule), norms at one, biases at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, float(name.endswith("norm.weight")))
+        else:
+            out = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / math.sqrt(2 * model.config.num_hidden_layers) if out else 0.02
+            nn.init.normal_(p, std=std, generator=generator)
+
+
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
-    add_flags(parser, DEFAULTS, skip=asdict(DEFAULTS).keys() - set(FLAGS))
-    config = Config(**{**asdict(DEFAULTS), **vars(parser.parse_args())})
+    add_flags(parser, DEFAULTS, FLAGS)
+    config = replace(DEFAULTS, **vars(parser.parse_args()))
     check(config)
-    device, dtype = place(config)
+    device, dtype = device_and_dtype(config)
     out = Path(config.out)
     if (out / "config.json").exists() and not config.overwrite:
         raise UserError(f"{out} holds a checkpoint already: choose another --out, or add --overwrite to replace it")
@@ -51,14 +77,14 @@ def main():
         vocab_size=tokenizer.size, hidden_size=128, intermediate_size=352, num_hidden_layers=8, num_attention_heads=4,
         rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=1024, bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
-    model.init_weights(config.seed)
+    init_weights(model, config.seed)
     model.to(device)
     model.dtype = dtype  # of the computation; what is trained stays float32
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
     suite = encode_suite(suite, tokenizer, config.max_length)
-    results = learn(config, "pretrain", model, Adapter(model), suite, tokenizer, RunFolder(record))
+    results = learn(config, model, Adapter(model), suite, tokenizer, RunFolder(record))
     model.save_pretrained(out)
-    tokenizer.save(out)
+    save_tokenizer(tokenizer, out)
     write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names,
                                         **provenance(["-m", program(), *sys.argv[1:]])})
     write_json(record / "results.json", results)

@@ -1,16 +1,17 @@
 """What data look like, and what is trained on: of files, or of the built-in suite.
 
-    python -m tools.show                                    # the built-in suite
+    python -m tools.show                                    # the built-in suite, 2,000 examples of each task
     python -m tools.show BoolQ/val.jsonl gsm8k/train.jsonl  # any file that train.py --data takes
     python -m tools.show --formats                          # what records of such files may hold
 """
 
+import json
 from pathlib import Path
 
 from base import suite
-from data import Tokenizer, encode
+from data import Tokenizer, encode, exact
 from engine.flags import Parser, command_line
-from formats import FORMATS, SCORED, TEMPLATES, choose, named, read_files
+from formats import FORMATS, TEMPLATES, choose, named, read_files
 
 
 def as_text(example):
@@ -34,51 +35,26 @@ def as_tokens(encoded, tokenizer):
     return " ".join(pieces)
 
 
-def sizes(encoded):
-    """(mean and largest number of tokens, mean number of trained ones)"""
-    tokens = [len(e.ids) for e in encoded]
-    trained = sum(label != -100 for e in encoded for label in e.labels)
-    return f"{sum(tokens) / len(tokens):.1f}", max(tokens), f"{trained / len(tokens):.1f}"
+def show_table(tasks, tokenizer, longest):
+    """Prints a row for each task of {name: (kind, score, [Example])}."""
+    line = "{:<23} {:<12}{:<8}{:>7}{:>8}{:>8}{:>8}{:>7}  {}".format
+    print("\n" + line("task", "kind", "scored", "rows", "tokens", "longest", "trained", f">{longest:,}", "the first"))
+    for name, (kind, score, examples) in tasks.items():
+        encoded = encode(examples, tokenizer, [name])
+        tokens = [len(e.ids) for e in encoded]
+        trained = sum(label != -100 for e in encoded for label in e.labels)
+        said = " -> ".join(s.text for s in examples[0].segments if s.role)
+        print(line(name, kind, score.name, len(tokens), f"{sum(tokens) / len(tokens):.1f}", max(tokens),
+                   f"{trained / len(tokens):.1f}", sum(n > longest for n in tokens), repr(said)[1:-1][:80]))
 
 
 def show_formats():
-    """The table of formats, in the order in which they are tried."""
-    print("| format | its records hold | scored by |\n|---|---|---|")
+    """The table of formats, in the order in which they are tried, with a record of each."""
+    print("| format | its records hold | scored by | for example |\n|---|---|---|---|")
     for name, kind in FORMATS.items():
-        print(f"| `{name}` | {kind.fields} | {SCORED[kind.score]} |")
+        print(f"| `{name}` | {kind.fields} | {kind.score.name} | `{json.dumps(kind.sample)}` |")
     print("\nFiles are JSON arrays, JSON lines or CSV, in UTF-8 or UTF-16, packed by gzip or not.\nTemplates: "
-          + ", ".join(f"`{name}`" for name in TEMPLATES))
-
-
-def show_files(args, tokenizer):
-    """Prints a row for each task; returns {task: its first Example}."""
-    name, source = choose(args.template, tokenizer, Path(args.base))
-    print(f"template {name}: {source}")
-    template, shown = named(name), {}
-    tasks = read_files(args.files, args.skip_bad_rows, args.ignore_fields)
-    line = "{:<23} {:<9}{:<8}{:>7}{:>8}{:>8}{:>8}{:>7}".format
-    print("\n" + line("task", "format", "scored", "rows", "tokens", "longest", "trained", f">{args.max_length:,}"))
-    for name, (kind, rows) in tasks.items():
-        examples = [template.apply(row) for row in rows]
-        encoded = encode(examples, tokenizer, [name])
-        print(line(name, kind, FORMATS[kind].score.__name__, len(rows), *sizes(encoded),
-                   sum(len(e.ids) > args.max_length for e in encoded)))
-        shown[name] = examples[0]
-    return shown
-
-
-def show_suite(tokenizer):
-    """The same for the built-in tasks; lengths are those of the first 1,000 training examples."""
-    line = "{:<12}{:<9}{:<13}{:>7}{:>7}{:>6}{:>8}{:>9}{:>9}   {}".format
-    print(line("task", "group", "aspect", "train", "valid", "test", "tokens", "longest", "trained",
-               "first training example"))
-    for name, (aspect, _) in suite.TASKS.items():
-        splits = {split: suite.generate(name, split) for split in suite.SPLITS}
-        said = [s.text for s in splits["train"][0].segments if s.role]
-        group = "general" if name in suite.GENERAL else "hard" if name in suite.HARD else "new"
-        print(line(name, group, aspect, *map(len, splits.values()),
-                   *sizes(encode(splits["train"][:1000], tokenizer, [name])), " -> ".join(said)))
-    return {name: suite.generate(name, "train")[0] for name in (next(iter(suite.NEW)), next(iter(suite.GENERAL)))}
+          + ", ".join(TEMPLATES))
 
 
 def main():
@@ -87,17 +63,22 @@ def main():
     parser.add_argument("--formats", action="store_true", help="list what records may hold")
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
     parser.add_argument("--template", choices=("auto", *TEMPLATES), default="auto", help="as in train.py")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="count rows that their format does not take")
-    parser.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD", help="as in train.py")
     parser.add_argument("--max-length", type=int, default=512, help="count examples of more tokens (%(default)s)")
     args = parser.parse_args()
     if args.formats:
         return show_formats()
     tokenizer = Tokenizer.from_pretrained(args.base)
-    shown = show_files(args, tokenizer) if args.files else show_suite(tokenizer)
+    if args.files:
+        template, source = choose(args.template, tokenizer, Path(args.base))
+        print(f"template {template}: {source}")
+        tasks = {name: (kind, FORMATS[kind].score, [named(template).apply(row) for row in rows])
+                 for name, (kind, rows) in read_files(args.files).items()}
+    else:
+        tasks = {name: (kind, exact, suite.generate(name, "train")[:2000]) for name, (kind, _) in suite.TASKS.items()}
+    show_table(tasks, tokenizer, args.max_length)
     print("\nThe first example of each task: what is said, then token by token; [brackets] mark what is trained on.")
-    for name, example in shown.items():
-        print(f"\n  {name}\n{as_text(example)}\n\n    {as_tokens(encode([example], tokenizer, [name])[0], tokenizer)}")
+    for name, (_, _, (first, *_)) in tasks.items():
+        print(f"\n  {name}\n{as_text(first)}\n\n    {as_tokens(encode([first], tokenizer, [name])[0], tokenizer)}")
 
 
 if __name__ == "__main__":
