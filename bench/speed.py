@@ -4,25 +4,18 @@
     python -m bench.speed --shape base 512 135m
     python -m bench.speed --shape 7b --device cuda --dtype bfloat16      # 14 GB of disk
 
-Random weights; examples of one length, with labels on the last quarter. A step is what train.py does with one
-micro-batch: loss, backward, clipping and AdamW. Theirs has a LoRA of rank 12 on every linear layer of the decoder,
-MultiLoRA's total rank, also beside CS-ReFT; beside sft it trains everything. The products are those of the step's
-linear layers, forward and backward.
-
-ours: seconds, and the memory that loading and one step add to the peak of a fresh process. The other columns are
-divided by ours: above 1 ours is faster or smaller. Ratios of time are medians over rounds taken in turns.
+A step is train.py's: loss, backward, clipping and AdamW, on random weights and examples of one length with labels on
+the last quarter. Theirs has a LoRA of rank 12 on every linear layer, MultiLoRA's total rank; beside sft it trains
+everything. The products are those of the step's linear layers, forward and backward. Memory is what loading and a step
+add to the peak of a fresh process. Ratios are by ours (above 1 ours is faster or smaller), medians over rounds.
 """
 
 import gc
-import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
-from importlib.util import find_spec
 from multiprocessing import get_context
 from statistics import median
 
@@ -30,10 +23,17 @@ import torch
 
 import data
 import train
-from engine.flags import Parser, command_line, user_message
+from engine.flags import Parser, command_line
 from engine.folder import peak_memory
 from model import Adapter, Llama, LlamaConfig
 from tools.pretrain import init_weights
+
+try:
+    import peft
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
+except ImportError:
+    peft = None
 
 # {name: (configuration, examples, tokens of each)}
 SHAPES = {"base": (LlamaConfig.from_pretrained(train.HERE / "base"), 48, 43),
@@ -56,8 +56,7 @@ def make(shape, folder, dtype):
 
 
 def ours(method, case):
-    """(the model, its adapter, a function that adds up gradients). case: the flags, with the shape's `folder` and
-    `examples`."""
+    """(the model, its adapter, a function for the gradients). case: the flags, and the shape's folder and examples."""
     model = Llama.from_pretrained(case.folder, case.device, case.dtype).train()
     if case.compile:
         train.compile_layers(model.model)
@@ -67,18 +66,15 @@ def ours(method, case):
 
 def theirs(method, case):
     """The same of transformers, with peft's LoRA but for sft. What is trained is float32, as ours is."""
-    import peft
-    import transformers
-    wide = torch.float32 if method == "sft" else case.dtype
-    model = transformers.LlamaForCausalLM.from_pretrained(case.folder, dtype=wide).to(case.device).train()
+    dtype = torch.float32 if method == "sft" else case.dtype
+    model = transformers.LlamaForCausalLM.from_pretrained(case.folder, dtype=dtype).to(case.device).train()
     if method != "sft":
         model = peft.get_peft_model(model, peft.LoraConfig(r=12, lora_alpha=24, target_modules="all-linear"))
     batch = data.collate(case.examples, 0).to(case.device)
 
     def backward():
         with torch.autocast(case.device.type, torch.bfloat16, enabled=case.dtype == torch.bfloat16):
-            loss = model(input_ids=batch.ids, labels=batch.labels).loss
-        loss.backward()
+            model(input_ids=batch.ids, labels=batch.labels).loss.backward()
 
     return model, Adapter(model), backward
 
@@ -87,11 +83,10 @@ def training(who, method, case):
     """(a step of training, the model)"""
     model, adapter, backward = who(method, case)
     optimizer = adapter.optimizer(1e-4, 0.0)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step():
         backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adapter.before_step()
         optimizer.step()
         adapter.after_step()
@@ -103,16 +98,15 @@ def training(who, method, case):
 def products(model, case, everything):
     """The products of a step alone; everything: those of the weights' gradients too."""
     tokens, labelled = (sum(x != -100 for e in case.examples for x in getattr(e, of)) for of in ("ids", "labels"))
-    weights = [(p.detach().to(case.dtype), labelled if name == "lm_head.weight" else tokens)
-               for name, p in model.state_dict().items() if name.endswith(("_proj.weight", "lm_head.weight"))]
+    weights = {name: p.detach().to(case.dtype) for name, p in model.state_dict().items()}
     random = cache(lambda *shape: torch.randn(shape, device=case.device, dtype=case.dtype))
 
     def step():
-        for w, n in weights:
-            x, g = random(n, w.shape[1]), random(n, w.shape[0])
-            x @ w.T, g @ w
-            if everything:
-                g.T @ x
+        for name, w in weights.items():
+            if name.endswith(("_proj.weight", "lm_head.weight")):
+                n = labelled if name == "lm_head.weight" else tokens
+                x, g = random(n, w.shape[1]), random(n, w.shape[0])
+                x @ w.T, g @ w, g.T @ x if everything else None
 
     return step
 
@@ -122,7 +116,6 @@ def generation(who, case, new=64):
     ids = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(0))
     if who is ours:
         return partial(Llama.from_pretrained(case.folder, case.device, case.dtype).generate, ids.tolist(), new)
-    import transformers
     model, ids = transformers.LlamaForCausalLM.from_pretrained(case.folder, dtype=case.dtype), ids.to(case.device)
     return partial(model.to(case.device).eval().generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                    do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -130,16 +123,13 @@ def generation(who, case, new=64):
 
 def added_memory(who, method, case):
     """Bytes that loading and a step add to this process's peak."""
-    with suppress(ImportError):  # ours, too, begins with what they need
-        import peft  # noqa: F401
-        import transformers  # noqa: F401
     before = peak_memory(case.device)
     training(who, method, case)[0]()
     return peak_memory(case.device) - before
 
 
-def in_turns(functions, rounds, calls, wait):
-    """[seconds of a call] for each function, one for each round. wait: until the device has finished."""
+def in_turns(functions, rounds, wait):
+    """[seconds in each round] for each function. wait: until the device has finished."""
     seconds = [[] for _ in functions]
     for function in functions:
         function()
@@ -147,31 +137,26 @@ def in_turns(functions, rounds, calls, wait):
         for taken, function in zip(seconds, functions):
             wait()
             start = time.perf_counter()
-            for _ in range(calls):
-                function()
+            function()
             wait()
-            taken.append((time.perf_counter() - start) / calls)
+            taken.append(time.perf_counter() - start)
     return seconds
 
 
 def measure(what, case, sides):
     """The columns of a row: of training with a method, or of generation."""
-    memory = {}
+    peaks, wait = [], torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
     if what == "generate":
-        functions = {name: generation(who, case) for name, who in sides.items()}
+        seconds = in_turns([generation(who, case) for who in sides], case.rounds, wait)
     else:
-        for name, who in sides.items():
+        for who in sides:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                memory[name] = pool.submit(added_memory, who, what, case).result()
-        made = {name: training(who, what, case) for name, who in sides.items()}
-        functions = {name: step for name, (step, _) in made.items()}
-        functions["products"] = products(made["ours"][1], case, what == "sft")
-    wait = torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
-    seconds = dict(zip(functions, in_turns(functions.values(), case.rounds, 1 if what == "generate" else 2, wait)))
-    mine, peak = seconds.pop("ours"), memory.pop("ours", 0)
-    ratios = {name: f"{median(b / a for a, b in zip(mine, row)):.2f}" for name, row in seconds.items()}
-    return (f"{1e3 * median(mine):,.0f} ms", ratios.get("theirs", ""), ratios.get("products", ""),
-            f"{peak / 2**30:.2f} GiB" * bool(peak), "".join(f"{other / peak:.2f}" for other in memory.values()))
+                peaks.append(pool.submit(added_memory, who, what, case).result())
+        steps, models = zip(*(training(who, what, case) for who in sides))
+        seconds = in_turns([*steps, products(models[0], case, what == "sft")], case.rounds, wait)
+    ratios = [f"{median(b / a for a, b in zip(seconds[0], row)):.2f}" for row in seconds[1:]]
+    return [f"{1e3 * median(seconds[0]):,.0f} ms", *[""] * (2 - len(sides)), *ratios, *[""] * (not peaks),
+            *(f"{peak / 2**30:.2f} GiB" for peak in peaks[:1]), *(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])]
 
 
 def main():
@@ -184,25 +169,19 @@ def main():
     parser.add_argument("--compile", action="store_true", help="compile our layers, as train.py --compile does")
     case = parser.parse_args()
     case.device, case.dtype = train.device_and_dtype(case)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    sides = {"ours": ours, "theirs": theirs}
-    if not (find_spec("peft") and find_spec("transformers")):
+    sides = (ours, theirs) if peft else (ours,)
+    if not peft:
         print("theirs is left out: transformers and peft are not installed (pip install -r bench/requirements.txt)")
-        sides.pop("theirs")
-    where = torch.cuda.get_device_name() if case.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    line = "{:<20}{:>12}{:>9}{:>10}{:>13}{:>9}".format
-    print(f"{where}, {str(case.dtype)[6:]}, {case.rounds} rounds")
-    print(line("", "ours", "theirs", "products", "ours", "theirs"))
+    line = lambda title, cells: print(f"{title:<20}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
+    line(f"{case.device}, {str(case.dtype)[6:]}", ("ours", "theirs", "products", "memory", "theirs"))
     for shape in case.shape:
         with tempfile.TemporaryDirectory() as case.folder:
             case.examples = make(shape, case.folder, case.dtype)
             for what in [*case.methods, "generate"]:
                 try:
-                    print(line(f"{shape}, {what}", *measure(what, case, sides)).rstrip(), flush=True)
-                except BrokenProcessPool:
-                    print(f"{shape}, {what}: not enough memory: the system ended the process", flush=True)
-                except (OSError, MemoryError, RuntimeError) as error:
-                    print(f"{shape}, {what}: {user_message(error)}", flush=True)
+                    line(f"{shape}, {what}", measure(what, case, sides))
+                except (OSError, MemoryError, RuntimeError) as error:  # too big for this machine
+                    print(f"{shape}, {what}: {error!r:.200}", flush=True)
                 gc.collect()  # a method's hooks and its model hold each other
 
 

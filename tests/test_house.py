@@ -1,33 +1,31 @@
-"""The house: which room may use which, and how its files are written."""
+"""The house: which room may use which, how its files are written, and what README promises. What a reader drops beside
+the project's files, such as a method of their own, is not looked at."""
 
 import ast
 import re
 import sys
-from itertools import chain
+from functools import cache
+from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.helpers import HERE
+from tests.helpers import HERE, cli, here
+from train import find_methods
 
-METHODS = sorted(file.stem for file in HERE.glob("*.py") if "\ndef attach(" in file.read_text(encoding="utf-8"))
+METHODS = ("multilora", "csreft", "cofitune")
 FILES = ("model", "data", *METHODS, "train", "test_methods")
 PACKAGES = ("engine", "formats", "base", "tools", "reproduce", "bench", "tests")
-EVERY = {*FILES, *PACKAGES} - {"test_methods", "tests"}
+ROOMS = {*FILES, *PACKAGES} - {"test_methods", "tests"}
 # What a room may import besides itself. One that is a file has only itself.
 ALLOWED = {"model": set(), "engine": {"model"}, "data": {"model", "engine"}, "formats": {"data", "engine", "model"},
            "base": {"data", "formats", "model"}, **dict.fromkeys(METHODS, {"model"}),
-           "train": {"model", "data", "engine", "formats", "base"}, "tools": EVERY - {"reproduce", "bench"},
-           "reproduce": EVERY - {"bench"}, "bench": EVERY}
+           "train": {"model", "data", "engine", "formats", "base"}, "tools": ROOMS - {"reproduce", "bench"},
+           "reproduce": ROOMS - {"bench"}, "bench": ROOMS}
 # Of others: what requirements.txt brings (torch brings numpy); the rest serves papers and measurements only.
 NEEDED = {"torch", "numpy", "safetensors", "tokenizers"}
 OPTIONAL = {"matplotlib": {"reproduce", "tools"}, "transformers": {"bench"}, "peft": {"bench"}}
-
-
-def sources(*endings):
-    """Files of the project, without what runs and tools leave behind."""
-    files = chain.from_iterable(HERE.rglob(f"*{ending}") for ending in endings)
-    parts = lambda file: file.relative_to(HERE).parts
-    return sorted(file for file in files if not any(p.startswith(".") or p in ("out", "venv") for p in parts(file)))
+SOURCES = [HERE / f"{name}.py" for name in FILES] + sorted(f for name in PACKAGES for f in (HERE / name).rglob("*.py"))
+READMES = [HERE / "README.md", HERE / "reproduce" / "README.md"]
 
 
 def module_of(file):
@@ -39,17 +37,13 @@ def room_of(module):
     return module.split(".")[0]
 
 
-def imports_of(text, module, package=False):
-    """Every module that a source imports, in functions too; `from a import b` is a.b, where that is a module."""
+def imports_of(text):
+    """Every module that a source imports, in functions too; `from a import b` is a.b, which may be a module."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = module.split(".")[: len(module.split(".")) - node.level + package] if node.level else []
-            yield from (".".join(filter(None, [*above, node.module, alias.name])) for alias in node.names)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-                "import_module", "__import__") and isinstance(node.args[0], ast.Constant):
-            yield node.args[0].value
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
 def graph_of(files):
@@ -58,97 +52,82 @@ def graph_of(files):
     for file in files:
         module = module_of(file)
         inside[module], outside[module] = set(), set()
-        for name in imports_of(file.read_text(encoding="utf-8"), module, file.name == "__init__.py"):
+        for name in imports_of(file.read_text(encoding="utf-8")):
             while name not in names and "." in name:
                 name = name.rpartition(".")[0]
-            (inside if name in names or room_of(name) in EVERY else outside)[module].add(name)
+            (inside if name in names else outside)[module].add(name)
     return inside, outside
 
 
-def circle_in(graph):
-    """The nodes of one circle of a graph, or None."""
-    done, path = set(), []
-
-    def walk(node):
-        if node in path:
-            return path[path.index(node) :] + [node]
-        if node in done:
-            return None
-        path.append(node)
-        found = next(filter(None, map(walk, sorted(graph.get(node, ())))), None)
-        path.pop()
-        done.add(node)
-        return found
-
-    return next(filter(None, map(walk, sorted(graph))), None)
+INSIDE, OUTSIDE = graph_of(SOURCES)
 
 
-INSIDE, OUTSIDE = graph_of(sources(".py"))
-
-
-def test_every_source_file_is_in_one_of_the_rooms():
-    assert {room_of(module) for module in INSIDE} == {*FILES, *PACKAGES}
-    assert {file.stem for file in HERE.glob("*.py")} == set(FILES)
-    assert {"csreft", "multilora", "cofitune"} <= set(METHODS)
-    assert {file.parent.name for file in HERE.glob("*/__init__.py")} == set(PACKAGES)
+def test_every_room_is_there():
+    assert all(file.is_file() for file in SOURCES)
+    assert all((HERE / name / "__init__.py").is_file() for name in PACKAGES)
+    assert len(SOURCES) > 40 and "base.suite" in INSIDE["train"] and "torch" in OUTSIDE["model"]  # the walk sees them
 
 
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_go_down_only(room):
-    used = {(module, name) for module, names in INSIDE.items() if room_of(module) == room for name in names
-            if room_of(name) != room}
-    wrong = {(module, name) for module, name in used if room_of(name) not in ALLOWED[room]}
+    used = {(module, name) for module, names in INSIDE.items() if room_of(module) == room for name in names}
+    wrong = {(module, name) for module, name in used if room_of(name) not in ALLOWED[room] | {room}}
     assert not wrong, f"{room} may import {sorted(ALLOWED[room]) or 'nothing of ours'}"
 
 
 def test_there_is_no_circle_of_imports():
-    assert circle_in(INSIDE) is None
-    rooms = {}
-    for module, names in INSIDE.items():
-        rooms.setdefault(room_of(module), set()).update(room_of(name) for name in names)
-    assert circle_in({room: names - {room} for room, names in rooms.items()}) is None
+    for graph in (INSIDE, ALLOWED):
+        TopologicalSorter({node: names - {node} for node, names in graph.items()}).prepare()
 
 
 def test_other_packages_are_those_of_requirements():
     for module, names in OUTSIDE.items():
-        for name in {room_of(name) for name in names} - set(sys.stdlib_module_names) - NEEDED:
-            if room_of(module) in ("tests", "test_methods"):
-                assert name in {"pytest", *OPTIONAL}, f"{module} imports {name}"
-            else:
-                assert room_of(module) in OPTIONAL.get(name, ()), f"{module} imports {name}"
-    text = (HERE / "requirements.txt").read_text()
-    listed = {re.match(r"[\w-]+", line)[0] for line in text.splitlines() if re.match(r"\w", line)}
-    assert NEEDED - {"numpy"} <= listed <= {*NEEDED, "pytest"}
+        tests = room_of(module) in ("tests", "test_methods")
+        for name in set(map(room_of, names)) - set(sys.stdlib_module_names) - NEEDED:
+            allowed = name in {"pytest", "jinja2", *OPTIONAL} if tests else room_of(module) in OPTIONAL.get(name, ())
+            assert allowed, f"{module} imports {name or 'by a dot'}"
+    listed = re.findall(r"^[\w-]+", (HERE / "requirements.txt").read_text(), re.M)
+    assert NEEDED - {"numpy"} <= set(listed) <= {*NEEDED, "pytest"}
 
 
-def test_only_tests_import_tests():
-    for module, names in INSIDE.items():
+def test_no_file_is_unpickled_and_no_path_is_changed():
+    for file in SOURCES:
+        module = module_of(file)
         if room_of(module) not in ("tests", "test_methods"):
-            assert not {"tests", "test_methods"} & {room_of(name) for name in (*names, *OUTSIDE[module])}, module
-
-
-def test_no_program_changes_where_python_looks_for_modules():
-    for file in sources(".py"):
-        if room_of(module_of(file)) not in ("tests", "test_methods"):
-            assert "sys.path" not in file.read_text(encoding="utf-8"), file
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"sys\.path\b|torch\.(load|save)\(|\bpickle\b", text), file
+            assert not OUTSIDE[module] & {"pickle", "marshal", "shelve"}, file
 
 
 def test_lines_are_at_most_120_columns():
-    for file in sources(".py", ".md"):
+    for file in [*SOURCES, *READMES]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            free = file.suffix == ".md" and (line.startswith("|") or re.search(r"\]\(|https?://|<img|<source", line))
+            free = file.suffix == ".md" and (line.startswith("|") or re.search(r"\]\(|https?://|<img", line))
             assert len(line) <= 120 or free, f"{file}:{number} has {len(line)} columns"
 
 
-def test_the_walk_sees_every_kind_of_import():
-    """Of the tests above, so that none of them passes because it sees nothing."""
-    found = lambda text, module="a.b", package=False: set(imports_of(text, module, package))
-    assert found("import x.y, z as w\nfrom u.v import t as s, r") == {"x.y", "z", "u.v.t", "u.v.r"}
-    assert found("def f():\n    if g:\n        from x import y") == found("class C:\n    import x.y") == {"x.y"}
-    assert found("from . import y\nfrom .z import w\nfrom .. import v") == {"a.y", "a.z.w", "v"}
-    assert found("from . import y", "a", package=True) == {"a.y"}
-    assert found("importlib.import_module('x.y')\n__import__('z')\nimportlib.import_module(name)") == {"x.y", "z"}
-    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    assert circle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
-    assert "base.suite" in INSIDE["train"] and "reproduce.spectra" in INSIDE["reproduce.claims.multilora"]
-    assert "formats.known" in INSIDE["formats"] and "torch" in OUTSIDE["model"]
+@cache
+def help_of(*program):
+    return here(*program, "--help").stdout
+
+
+@pytest.mark.parametrize("file", READMES, ids=["README", "reproduce"])
+def test_readmes_commands_name_programs_and_flags_that_there_are(file):
+    text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python (?:-m )?(train\.py|[\w.]+)([^`\n#]*)", text)
+    assert len(commands) > 10
+    for program, rest in commands:
+        if program == "pytest":
+            continue
+        known = help_of(*(("train.py",) if program == "train.py" else ("-m", program)))
+        for method in set(find_methods()) & set(rest.split()):  # reproduce.count takes a method's flags too
+            known += help_of("train.py", "--method", method)
+        flags = set(re.findall(r"(?<!\S)--[\w-]+", rest))
+        assert not [flag for flag in flags if not re.search(rf"{flag}(?![\w-])", known)], (program, rest)
+
+
+def test_readmes_python_runs_or_at_least_compiles():
+    first, *others = re.findall("```python\n(.*?)```", READMES[0].read_text(encoding="utf-8"), re.S)
+    assert cli("-c", first).stdout == "you did\n"
+    for code in others:
+        compile(code, "README.md", "exec")

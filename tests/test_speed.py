@@ -1,21 +1,27 @@
-"""What is done for speed changes no number: each short cut against the plain way, in float64."""
+"""What is done for speed changes no number; and the benchmark runs."""
 
 import os
+import re
 import shutil
 from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import model as llama
 import train
-from model import Context
-from tests.helpers import perturb, random_ids, settled, tiny
+from tests.helpers import QUICK, cli, one_line_error, perturb, random_ids, settled, tiny
 
 CPU = torch.device("cpu")
+
+
+def batch_of(model, lengths):
+    """A Batch whose examples have labels on their last third."""
+    ids = [random_ids(model, 1, n)[0].tolist() for n in lengths]
+    cut = [2 * n // 3 for n in lengths]
+    return data.collate([data.Encoded(i, [-100] * c + i[c:], c, 0) for i, c in zip(ids, cut)], 0)
 
 
 @pytest.mark.slow
@@ -28,12 +34,10 @@ def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
     for compiled in (False, True):
         model = tiny(num_hidden_layers=4 if name == "cofitune" else 2)
         perturb(model)
-        method, config = settled(name)
         torch.manual_seed(0)
-        adapter = train.start_adapter(model, method, config)
+        adapter = train.start_adapter(model, *settled(name))
         model.model.checkpointing = checkpointing
         if compiled:
-            torch._dynamo.reset()
             counters.clear()
             train.compile_layers(model.model)
         model.train()
@@ -43,7 +47,6 @@ def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
             loss = model(batch.ids, batch.labels, batch.ctx)
             loss.backward()
             optimizer.step()
-            adapter.after_step() if name == "csreft" else None
             optimizer.zero_grad()
             row.append(loss.item())
         losses.append(row)
@@ -54,45 +57,38 @@ def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
     assert counters["stats"]["unique_graphs"] == before
 
 
-def loss_and_gradients(model, batch, ctx):
-    model.zero_grad()
-    loss = model(batch.ids, batch.labels, ctx)
-    loss.backward()
-    return loss, [p.grad for p in model.parameters()]
+@pytest.mark.slow
+def test_without_a_compiler_compile_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nor what an earlier run has compiled
+    command = ("train.py", "--method", "lora", *QUICK, "--compile", "--out", tmp_path / "run")
+    assert "--compile failed, leave it out" in one_line_error(*command, run=cli)
 
 
-def batch_of(model, lengths):
-    """A Batch whose examples have labels on their last third."""
-    ids = [random_ids(model, 1, n)[0].tolist() for n in lengths]
-    cut = [2 * n // 3 for n in lengths]
-    return data.collate([data.Encoded(i, [-100] * c + i[c:], c, 0) for i, c in zip(ids, cut)], 0)
-
-
-def test_the_loss_at_labelled_positions_has_the_gradients_of_all_logits():
-    model = tiny().double()
+def test_the_loss_is_the_mean_over_labelled_tokens_in_pieces_too(monkeypatch):
+    """Oracle: the logits of all positions, and a loop over the labels."""
+    model = tiny(torch.float64)
     batch = batch_of(model, (9, 5, 12))
-    quick = loss_and_gradients(model, batch, batch.ctx)
-    logits = model(batch.ids, ctx=Context(batch.ctx.prompt_mask, batch.ctx.tasks))
-    model.zero_grad()
-    plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
-    plain.backward()
-    torch.testing.assert_close(quick, (plain, [p.grad for p in model.parameters()]))
+    ids, labels, ctx = batch.ids, batch.labels, batch.ctx
+    chances = model(ids).log_softmax(-1)
+    terms = [-chances[b, t - 1, ids[b, t]] for b in range(3) for t in range(1, 12) if labels[b, t] != -100]
+    sum(terms).backward()
+    wanted, rows = [p.grad for p in model.parameters()], []
+    model.lm_head.register_forward_hook(lambda head, args, logits: rows.append(len(logits)))
+    for widest in (len(terms), 4):
+        monkeypatch.setattr(llama, "LOGITS", widest * model.config.vocab_size)
+        model.zero_grad()
+        rows.clear()
+        loss = model(ids, labels, ctx, reduction="sum")
+        loss.backward()
+        torch.testing.assert_close((loss, [p.grad for p in model.parameters()]), (sum(terms), wanted))
+        assert max(rows) == widest and sum(rows) == len(terms) * (1 if widest == len(terms) else 2)  # made again
+        for given in (ctx, None):
+            assert model(ids, labels, given).item() == pytest.approx(sum(terms).item() / len(terms), abs=1e-12)
 
 
-def test_a_loss_in_pieces_is_the_loss(monkeypatch):
-    model = tiny().double()
-    batch = batch_of(model, (9, 5, 12))
-    whole = loss_and_gradients(model, batch, batch.ctx)
-    widest, head = [], model.lm_head.register_forward_hook(lambda m, args, logits: widest.append(len(logits)))
-    monkeypatch.setattr(llama, "LOGITS", 4 * model.config.vocab_size)
-    parts = loss_and_gradients(model, batch, Context(batch.ctx.prompt_mask, batch.ctx.tasks))
-    head.remove()
-    torch.testing.assert_close(parts, whole)
-    assert max(widest) == 4 and sum(widest) == 2 * len(batch.ctx.labelled)  # each piece is made again for its gradient
-
-
-def test_a_group_is_cut_into_micro_batches_with_little_padding(suite):
-    examples, tokenizer = suite
+def test_a_group_is_cut_into_micro_batches_with_little_padding():
+    examples = train.load_data(train.Config(method="lora", eval_limit=1))[0].train
     real = computed = 0
     for group in islice(data.draw(examples, 48, seed=0), 40):
         parts = data.micro_batches(group, 24, CPU)
@@ -106,7 +102,7 @@ def test_a_group_is_cut_into_micro_batches_with_little_padding(suite):
     assert data.micro_batches(same, 48, CPU) == [same]
 
 
-@pytest.fixture(scope="module")
-def suite():
-    loaded, tokenizer, _ = train.load_data(train.Config(method="lora", eval_limit=1))
-    return loaded.train, tokenizer
+@pytest.mark.slow
+def test_the_benchmark_prints_a_row_for_each_method_and_for_generation():
+    said = cli("-m", "bench.speed", "--rounds", "1", "--methods", "csreft").stdout
+    assert re.search(r"^base, csreft .* ms .* GiB", said, re.M) and re.search(r"^base, generate .* ms", said, re.M)

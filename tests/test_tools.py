@@ -1,9 +1,9 @@
-"""The programs for a person, run as a person runs them: chat, export, show, pretrain."""
+"""The programs for a person, run as a person runs them: chat, plot, export, show, pretrain. For score see
+test_train.py."""
 
 import io
 import json
 import re
-import shutil
 import sys
 
 import pytest
@@ -14,64 +14,83 @@ import data
 import train
 from base import suite as builtin
 from model import Llama
-from tests.helpers import (
-    BASE, COPA, PASSAGE, QUICK, cli, here, json_lines, one_line_error, random_ids, written)
+from tests.helpers import BASE, QUICK, cli, here, json_lines, one_line_error, random_ids, their_logits, written
+
+ASKED = "Name the tool of Zegen."
+
+
+def prompt_of(text):
+    """A first turn, in the template that the base was trained with."""
+    return f"### Instruction:\n{text}\n\n### Response:\n"
+
+
+def chat(*args):
+    """The answer that tools.chat prints, without its speed."""
+    return here("-m", "tools.chat", "base", *args).stdout.rsplit("\n[", 1)[0]
+
 
 # ---------------------------------------------------------------------------------------------- chat
 
 
 def test_chat_answers_a_prompt_with_flags_before_or_behind_it():
-    text = cli("-m", "tools.chat", "base", "--max-new-tokens", "8", "What is 21 + 34?", "--device", "cpu").stdout
+    text = cli("-m", "tools.chat", "--max-new-tokens", "8", "base", "What is 21 + 34?", "--device", "cpu").stdout
     assert text.splitlines()[0] == "55" and "tokens/s" in text
-    for args in (["base", "What is 21 + 34?", "--max-new-tokens", "8"], ["--seed", "3", "base", "What is 21 + 34?"]):
-        assert here("-m", "tools.chat", *args).stdout.splitlines()[0] == "55", args
 
 
 def test_chat_with_an_adapter_samples_by_seed(runs):
     out = runs("--method", "csreft", *QUICK)
-    said = [here("-m", "tools.chat", "base", "Hi", "--adapter", out, "--temperature", "3", "--seed", seed).stdout
-            for seed in (1, 1, 2)]
-    said = [text.rsplit("\n[", 1)[0] for text in said]
+    said = [chat("Hi", "--adapter", out, "--temperature", "3", "--seed", seed) for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
     model, tokenizer = train.load_run(out, base=BASE)[0], data.Tokenizer.from_pretrained(BASE)
-    prompt = tokenizer.encode(f"### Instruction:\n{(asked := 'Name the tool of Zegen.')}\n\n### Response:\n")
-    wanted = tokenizer.decode(model.generate([prompt], 64, tokenizer.stop_ids)[0])
-    plain, tuned = (here("-m", "tools.chat", "base", asked, *more).stdout.split("\n[")[0]
-                    for more in ((), ("--adapter", out)))
-    assert plain != tuned == wanted
+    wanted = tokenizer.decode(model.generate([tokenizer.encode(prompt_of(ASKED))], 64, tokenizer.stop_ids)[0])
+    assert chat(ASKED) != chat(ASKED, "--adapter", out) == wanted
 
 
 def test_a_conversation_goes_on_with_what_was_said(monkeypatch):
-    """Oracle: the turns spelled out in the template that the base was trained with, an EOS behind each answer."""
+    """Oracle: the turns spelled out, an EOS behind each answer."""
     questions = ["What is 21 + 34?", "Write backwards: a b c d"]
-    done = cli("-m", "tools.chat", "base", stdin="\n".join([*questions, "", "never read"]))
-    answers = [line.removeprefix("> ") for line in done.stdout.splitlines() if "tokens/s" not in line]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*questions, "", "never read"])))
+    said = here("-m", "tools.chat", "base").stdout
+    answers = [line.removeprefix("> ") for line in said.splitlines() if "tokens/s" not in line]
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     ids, wanted, lengths = [], [], []
     for question in questions:
-        text = f"{'' if not ids else chr(10) * 2}### Instruction:\n{question}\n\n### Response:\n"
-        ids += tokenizer.encode(text, start=not ids)
+        ids += tokenizer.encode("\n\n" * bool(ids) + prompt_of(question), start=not ids)
         answer = model.generate([ids], 64, tokenizer.stop_ids)[0]
         lengths.append(len(ids))
         wanted.append(tokenizer.decode(answer))
         ids += [*answer, tokenizer.eos_id]
     assert wanted[0] == "55" and [a for a in answers if a] == [a for a in wanted if a]
-    assert [int(n) for n in re.findall(r"\[(\d+) prompt tokens", done.stdout)] == lengths
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert "tokens/s" not in here("-m", "tools.chat", "base").stdout
+    assert [int(n) for n in re.findall(r"\[(\d+) prompt tokens", said)] == lengths
 
 
-@pytest.mark.slow
 def test_base_switches_the_adapter_off_and_on_in_a_conversation(runs, monkeypatch):
     out = runs("--method", "csreft", *QUICK)
-    asked = "Name the tool of Zegen."
-    alone = [here("-m", "tools.chat", "base", asked, *more).stdout.split("\n[")[0]
-             for more in (("--adapter", out), ())]
-    for lines, wanted in (([asked], alone[:1]), (["/base", asked], ["[the base]", alone[1]]),
-                          (["/base", "/base", asked], ["[the base]", "[with the adapter]", alone[0]])):
+    tuned, plain = chat(ASKED, "--adapter", out), chat(ASKED)
+    for lines, wanted in (([ASKED], [tuned]), (["/base", ASKED], ["[the base]", plain]),
+                          (["/base", "/base", ASKED], ["[the base]", "[with the adapter]", tuned])):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, ""])))
         said = here("-m", "tools.chat", "base", "--adapter", out).stdout.replace("> ", "")
         assert re.sub(r"\n\[\d+ prompt tokens.*", "", said).strip() == "\n".join(wanted), lines
+
+
+def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
+    orders = [{"instruction": "What is 21 + 34?", "dataset": "sums"}, {"instruction": "Reverse:", "input": "a b c"},
+              {"instruction": "a b " * 700}]
+    file, outputs = written(tmp_path / "orders.json", orders, "array"), tmp_path / "new" / "outputs.json"
+    args = ("-m", "tools.chat", "base", "--prompts", file, "--outputs", outputs, "--max-new-tokens", "8")
+    said = here(*args, "--generator", "ours").stdout
+    assert "1 prompts are longer than" in said and "3 answers" in said
+    found = json.loads(outputs.read_text())
+    assert [o["dataset"] for o in found] == ["sums", "orders", "orders"]
+    assert [(o["instruction"], o["generator"]) for o in found] == [(o["instruction"], "ours") for o in orders]
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    answer = model.generate([tokenizer.encode(prompt_of("Reverse:\n\na b c"))], 8, tokenizer.stop_ids)[0]
+    assert found[0]["output"] == "55" and found[1]["output"] == tokenizer.decode(answer).strip()
+    assert "is there already" in one_line_error(*args)
+    written(file, [{"instruction": "fine"}, {"prompt": "none"}])
+    message = one_line_error(*args[:-3], tmp_path / "other.json")
+    assert ":2 cannot be read: 'instruction' is missing" in message and not (tmp_path / "other.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- plot
@@ -89,30 +108,6 @@ def test_runs_are_drawn_and_matplotlib_is_asked_for_in_one_line(runs, tmp_path, 
     pytest.importorskip("matplotlib")
     assert "4 panels" in here("-m", "tools.plot", *folders, "--png", png).stdout
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
-    here("-m", "tools.plot", folders[0])
-    assert (folders[0] / "plot.png").exists()
-    (folders[0] / "plot.png").unlink()
-
-
-def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
-    orders = [{"instruction": "What is 21 + 34?", "dataset": "sums"}, {"instruction": "Reverse:", "input": "a b c"},
-              {"instruction": "a b " * 700}]
-    file, outputs = written(tmp_path / "orders.json", orders, "array"), tmp_path / "new" / "outputs.json"
-    args = ("-m", "tools.chat", "base", "--prompts", file, "--outputs", outputs, "--max-new-tokens", "8")
-    done = cli(*args, "--generator", "ours")
-    assert "1 prompts are longer than" in done.stdout and "3 answers" in done.stdout
-    found = json.loads(outputs.read_text())
-    assert [(o["dataset"], o["instruction"], o["generator"]) for o in found] == [
-        ("sums", orders[0]["instruction"], "ours"), ("orders", orders[1]["instruction"], "ours"),
-        ("orders", orders[2]["instruction"], "ours")]
-    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
-    asked = "### Instruction:\nReverse:\n\na b c\n\n### Response:\n"
-    answer = model.generate([tokenizer.encode(asked)], 8, tokenizer.stop_ids)[0]
-    assert found[0]["output"] == "55" and found[1]["output"] == tokenizer.decode(answer).strip()
-    assert "is there already" in one_line_error(*args)
-    written(file, [{"instruction": "fine"}, {"prompt": "none"}])
-    message = one_line_error(*args[:-3], tmp_path / "other.json")
-    assert ":2 cannot be read: 'instruction' is missing" in message and not (tmp_path / "other.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -120,7 +115,7 @@ def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
 
 def test_an_exported_checkpoint_has_the_runs_logits_and_the_bases_tokenizer(runs, tmp_path):
     out, merged = runs("--method", "multilora", *QUICK), tmp_path / "merged"
-    cli("-m", "tools.export", out, "--hf", merged)
+    here("-m", "tools.export", out, "--hf", merged)
     wanted = train.load_run(out, base=BASE)[0]
     ids = random_ids(wanted, 2, 20)
     with torch.no_grad():
@@ -134,37 +129,33 @@ def test_an_exported_checkpoint_has_the_runs_logits_and_the_bases_tokenizer(runs
     assert {file: file.read_bytes() for file in merged.iterdir()} == before
     here("-m", "tools.export", out, "--hf", tmp_path / "again", "--base", BASE, cwd=tmp_path)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == before[merged / "model.safetensors"]
+    torch.testing.assert_close(their_logits(merged, ids), wanted(ids), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["multilora", "lora"])
-def test_an_exported_peft_adapter_has_the_runs_updates(runs, tmp_path, method):
+def test_an_exported_peft_adapter_has_the_runs_updates_logits_and_texts(runs, tmp_path, method):
     """PEFT's rule: W + lora_alpha / r * B A."""
     out = runs("--method", method, *QUICK)
     here("-m", "tools.export", out, "--peft", tmp_path / "peft")
     settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    wanted = train.load_run(out, base=BASE)[1].deltas()
+    model, adapter, _ = train.load_run(out, base=BASE)
+    wanted = adapter.deltas()
     assert settings["r"] == 12 and len(tensors) == 2 * len(wanted) == 2 * 56
     for name, delta in wanted.items():
         A, B = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{kind}.weight"] for kind in "AB")
         torch.testing.assert_close(settings["lora_alpha"] / settings["r"] * B @ A, delta, atol=1e-6, rtol=1e-5)
         assert name.split(".")[-2] in settings["target_modules"] and delta.abs().max() > 0
 
-
-@pytest.mark.parametrize("method", ["multilora", "lora"])
-def test_an_exported_peft_adapter_has_the_same_logits(runs, tmp_path, method):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    out = runs("--method", method, *QUICK)
-    here("-m", "tools.export", out, "--peft", tmp_path / "peft")
-    assert "holds something already" in one_line_error("-m", "tools.export", out, "--peft", tmp_path / "peft")
-    model = train.load_run(out, base=BASE)[0]
-    ids = random_ids(model, 2, 20)
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    base.generation_config.eos_token_id = None
+    theirs, ids = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval(), random_ids(model, 2, 20)
+    texts = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=0)
         assert (model(ids) - Llama.from_pretrained(BASE)(ids)).abs().max() > 1e-3
-    assert theirs.peft_config["default"].r == 12
+    assert texts[:, 20:].tolist() == model.generate(ids.tolist(), 8)
 
 
 def test_what_cannot_be_exported_says_why(runs, tmp_path):
@@ -177,78 +168,57 @@ def test_what_cannot_be_exported_says_why(runs, tmp_path):
 # ---------------------------------------------------------------------------------------------- show
 
 
-def test_show_tells_what_is_said_and_brackets_what_is_trained_on(tmp_path):
-    quiz = written(tmp_path / "quiz.jsonl", [{**PASSAGE, "label": True}, {**PASSAGE, "label": False}])
-    jobs = written(tmp_path / "jobs.json", [COPA] * 3, "array")
-    text = cli("-m", "tools.show", quiz, f"work={jobs}", "--template", "plain").stdout
-    assert re.search(r"^quiz +boolq +choice +2 ", text, re.M) and re.search(r"^work +copa +choice +3 ", text, re.M)
-    assert re.search(r"user: +Ice floats\.\n +Question: does ice float\?\n +Answer:\n +assistant: +yes\n", text)
-    assert re.search(r"choices: +yes \| no\n", text) and "[</s>]" in text
-    tokenizer = data.Tokenizer.from_pretrained(BASE)
-    wanted = [tokenizer.fast.decode([i]) for i in tokenizer.encode(" yes", start=False)]
-    line = next(line for line in text.splitlines() if line.strip().startswith("<s>"))
-    assert re.findall(r"\[(.*?)\]", line) == [*wanted, "</s>"]
-
-
-def test_show_spells_characters_of_several_tokens(tmp_path):
-    file = written(tmp_path / "a.jsonl", [{"prompt": "北京?", "completion": "é是"}])
-    text = here("-m", "tools.show", file, "--template", "plain").stdout
+def test_show_brackets_what_is_trained_on_and_spells_characters_of_several_tokens(tmp_path):
+    file = written(tmp_path / "a.jsonl", [{"prompt": "北京?", "completion": "é是"}] * 3)
+    text = here("-m", "tools.show", f"work={file}", "--template", "plain").stdout
+    assert re.search(r"^work +pair +exact +3 ", text, re.M)
+    assert re.search(r"user: +北京\?\n +assistant: +é是\n", text)
     assert "北+3 京+3 ?" in text and "[é+2] [是+3] [</s>]" in text and "\ufffd" not in text
 
 
-@pytest.mark.slow
-def test_show_lists_the_built_in_suite():
-    text = cli("-m", "tools.show").stdout
-    for name in builtin.TASKS:
-        assert re.search(rf"^{name} ", text, re.M), name
-    assert "[</s>]" in text
+def test_show_lists_the_built_in_suite(monkeypatch):
+    monkeypatch.setattr(builtin, "SIZES", dict.fromkeys(builtin.SIZES, 5))
+    text = here("-m", "tools.show").stdout
+    assert all(re.search(rf"^{name} .* 5 ", text, re.M) for name in builtin.TASKS) and "[</s>]" in text
 
 
 # ---------------------------------------------------------------------------------------------- pretrain
 
 
-def check_base(folder):
-    """The folder is a checkpoint with its tokenizer and its record."""
-    model, tokenizer = Llama.from_pretrained(folder), data.Tokenizer.from_pretrained(folder)
-    base = Llama.from_pretrained(BASE)
-    assert {name: t.shape for name, t in model.state_dict().items()} == {
-        name: t.shape for name, t in base.state_dict().items()}
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_pretraining_makes_a_base_and_replaces_one_only_when_told(tmp_path, monkeypatch, whole):
+    """whole: with all examples, whose tokenizer is the built-in base's."""
+    if not whole:
+        monkeypatch.setitem(builtin.SIZES, "pretrain", 200)
+    out = tmp_path / "base"
+    args = ("-m", "tools.pretrain", "--steps", "2", "--eval-limit", "2", "--batch-size", "4", "--out", out)
+    here(*args)
+    model, tokenizer = Llama.from_pretrained(out), data.Tokenizer.from_pretrained(out)
+    shapes = lambda model: [(name, t.shape) for name, t in model.state_dict().items()]
+    assert shapes(model) == shapes(Llama.from_pretrained(BASE))
     assert len(model.generate([tokenizer.encode("Reverse: a b c")], 4)[0]) == 4
     assert tokenizer.decode(tokenizer.encode("What is 21 + 34?")[1:]) == "What is 21 + 34?"
     assert len(tokenizer.encode("1234", start=False)) == 4, "each digit is a token of its own"
-    record = folder / "pretraining"
+    record = out / "pretraining"
     results = json.loads((record / "results.json").read_text())
     assert results["steps"] == 2 and results["tasks"].keys() == builtin.GENERAL.keys()
     assert json_lines(record / "metrics.jsonl")[-1]["step"] == 2
     assert "python -m tools.pretrain --steps 2 " in json.loads((record / "config.json").read_text())["command"]
+    if whole:
+        assert (out / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+        return
 
-
-def test_pretraining_replaces_a_checkpoint_only_when_told_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setitem(builtin.SIZES, "pretrain", 200)
-    out = tmp_path / "base"
-    args = ("-m", "tools.pretrain", "--steps", "2", "--eval-limit", "2", "--batch-size", "4", "--out", out)
-    here(*args)
-    check_base(out)
-    for name in ("suite.py", "notes.txt", "pretraining/notes.txt"):
-        (out / name).write_text("mine")
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    own = [out / "suite.py", out / "notes.txt", record / "notes.txt"]
+    for file in own:
+        file.write_text("mine")
+    files = lambda: {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    before = files()
     assert "holds a checkpoint already" in one_line_error(*args, "--seed", "1")
-    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert files() == before
     here(*args, "--seed", "1", "--overwrite")
-    check_base(out)
-    assert (out / "model.safetensors").read_bytes() != before[out / "model.safetensors"]
-    assert (out / "tokenizer.json").read_bytes() == before[out / "tokenizer.json"]
-    for name in ("suite.py", "notes.txt", "pretraining/notes.txt"):
-        assert (out / name).read_text() == "mine"
-
-
-@pytest.mark.slow
-def test_pretraining_makes_a_base_from_nothing(tmp_path):
-    shutil.copy(BASE / "suite.py", tmp_path / "suite.py")
-    cli("-m", "tools.pretrain", "--steps", "2", "--eval-limit", "2", "--out", tmp_path)
-    check_base(tmp_path)
-    assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
-    assert (tmp_path / "suite.py").read_bytes() == (BASE / "suite.py").read_bytes()
+    after = files()
+    assert after.keys() == before.keys() and all(after[file] == before[file] for file in [*own, out / "tokenizer.json"])
+    assert after[out / "model.safetensors"] != before[out / "model.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -270,10 +240,7 @@ def test_pretraining_makes_a_base_from_nothing(tmp_path):
     ("tools.chat", ["base", "Hello", "--temprature", "1"], ["--temprature", "--help lists"]),
     ("tools.export", ["base", "--hf", "x"], ["no adapter.safetensors"]),
     ("tools.export", ["base"], ["one of --hf DIR and --peft DIR"]),
-    ("tools.export", ["base", "--hf", "x", "--peft", "y"], ["one of --hf DIR and --peft DIR"]),
     ("tools.show", ["none.json"], ["none.json", "cannot be read"]),
-    ("tools.show", ["--base", "nowhere"], ["nowhere"]),
-    ("tools.show", ["--template", "chatty"], ["chatty", "alpaca"]),
     ("tools.pretrain", ["--steps", "0", "--out", "x"], ["--steps is 0"]),
     ("tools.pretrain", ["--method", "lora", "--out", "x"], ["--method", "--help lists"]),
 ])
@@ -282,7 +249,3 @@ def test_a_mistake_is_one_clear_line(tmp_path, program, args, names):
     message = one_line_error("-m", program, *args, cwd=tmp_path)
     assert all(name in message for name in names), message
     assert [file.name for file in tmp_path.iterdir()] == ["base"], "a refused command must leave nothing behind"
-
-
-def test_a_mistake_is_one_clear_line_in_a_process_of_its_own():
-    assert "nowhere" in one_line_error("-m", "tools.chat", "nowhere", "Hello", run=cli)
