@@ -15,12 +15,14 @@ import tokenizers
 import torch
 
 import data
+import train
 from base import suite as builtin
 from data import Segment
-from formats import TEMPLATES, read_files, with_shots
+from formats import read_files, with_shots
 from formats.known import example, gsm8k
 from model import Llama, LlamaConfig
-from tests.helpers import BASE, COPA, cli, greedy_without_cache, refused, tokenizer_folder, written
+from tests.helpers import (
+    BASE, COPA, cli, greedy_without_cache, refused, tokenizer_folder, with_template, written)
 
 # ---------------------------------------------------------------------------------------------- the tokenizer
 
@@ -129,7 +131,7 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
     results = json.loads((BASE / "pretraining" / "results.json").read_text())
     assert results["versatility"] >= 97 and all(s["group"] == "general" for s in results["tasks"].values())
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
-    suite = data.encode_suite(replace(builtin.load(limit=50), train=[]), tokenizer, 512)
+    suite, _, _ = train.load_data(train.Config(method="lora", eval_limit=50), train=False)
     assert suite.tests.keys() == builtin.TASKS.keys() and all(len(tests) == 50 for tests in suite.tests.values())
     scores = data.evaluate(model, suite, tokenizer)
     mean = lambda tasks: statistics.mean(scores[task]["exact match"] for task in tasks)
@@ -141,11 +143,13 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
 
 def test_only_the_answer_and_its_eos_are_trained_on():
     tokenizer = data.Tokenizer.from_pretrained(BASE)
-    said = [Segment("Say hi."), Segment("hi", trained=True), Segment("Again."), Segment("hi hi", trained=True)]
-    encoded = data.encode([data.Example("t", said)], tokenizer, ["t"])[0]
+    said = [Segment("Say hi.", "user"), Segment("hi", "assistant"), Segment("Again.", "user"),
+            Segment("hi hi", "assistant")]
+    encoded = data.encode(with_template([data.Example("t", said)]), tokenizer, ["t"])[0]
     trained = [i for i, label in zip(encoded.ids, encoded.labels) if label != -100]
-    assert tokenizer.fast.decode(trained, skip_special_tokens=False) == "hi</s>hi hi</s>"
+    assert tokenizer.fast.decode(trained, skip_special_tokens=False) == "hi hi</s>"
     assert encoded.ids[0] == tokenizer.bos_id and encoded.ids.count(tokenizer.bos_id) == 1
+    assert encoded.ids.count(tokenizer.eos_id) == 2
     assert encoded.labels[: encoded.prompt] == [-100] * encoded.prompt and encoded.labels[encoded.prompt] != -100
     batch = data.collate([encoded, replace(encoded, ids=encoded.ids[:5], labels=encoded.labels[:5], prompt=3)], 0)
     assert batch.ctx.prompt_mask.sum(1).tolist() == [encoded.prompt, 3]
@@ -179,7 +183,7 @@ def test_exact_match_equals_greedy_decoding():
     """Scoring under teacher forcing gives the verdict of generating and comparing, on right and on wrong answers."""
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     examples = [e for name in ("capital", "add", "count", "cipher") for e in builtin.generate(name, "test")[:25]]
-    encoded = data.encode(examples, tokenizer, list(builtin.TASKS))
+    encoded = data.encode(with_template(examples), tokenizer, list(builtin.TASKS))
     found = [hit for *_, hit in data.answer_scores(model, encoded, tokenizer.pad_id, 16)]
     wanted = [greedy_without_cache(model, e.ids[: e.prompt], len(e.ids) - e.prompt + 3, tokenizer.stop_ids)
               == e.ids[e.prompt : -1] for e in encoded]
@@ -198,10 +202,10 @@ def test_choices_are_scored_as_a_naive_loop_with_transformers_does(tmp_path):
     files = [written(tmp_path / "quiz.csv", quiz, "csv"), written(tmp_path / "copa.jsonl", copa)]
     for name, (kind, rows) in read_files(map(str, files)).items():
         rows = [with_shots(row, rows[:2]) for row in rows] if kind == "mmlu" else rows
-        examples = [TEMPLATES["short"].apply(row) for row in rows]
+        examples = with_template(rows)
         raw = by_byte = 0
         for e in examples:
-            prompt, answer = ("".join(s.text for s in e.segments if s.trained == done) for done in (False, True))
+            prompt, answer = "".join(s.text for s in e.segments if not s.trained).removeprefix("<s>"), e.gold
             sums = []
             for choice in e.choices:
                 before, ids = tokenizer.encode(prompt), tokenizer.encode(choice, start=False)
@@ -209,8 +213,8 @@ def test_choices_are_scored_as_a_naive_loop_with_transformers_does(tmp_path):
                     chances = theirs(torch.tensor([before + ids])).logits[0].log_softmax(-1)
                 sums.append(sum(chances[len(before) + i - 1, t].item() for i, t in enumerate(ids)))
             rates = [s / len(c.strip().encode()) for s, c in zip(sums, e.choices)]
-            raw += e.choices[sums.index(max(sums))] == answer
-            by_byte += e.choices[rates.index(max(rates))] == answer
+            raw += list(e.choices)[sums.index(max(sums))] == answer
+            by_byte += list(e.choices)[rates.index(max(rates))] == answer
         got = data.choice.function(model, data.encode(examples, tokenizer, [name]), tokenizer, 16, 0)
         assert list(got.values()) == pytest.approx([100 * raw / len(rows), 100 * by_byte / len(rows)])
         assert kind == "mmlu" or got["choice"] != got["choice, by byte"], "both the same: the test shows nothing"
@@ -222,7 +226,7 @@ def test_loss_is_that_of_transformers(tmp_path):
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     file = written(tmp_path / "a.json", [{"text": "abc " * n} for n in (1, 5, 9)], "array")
     rows = read_files([str(file)])["a"][1]
-    encoded = data.encode([TEMPLATES["plain"].apply(row) for row in rows], tokenizer, ["a"])
+    encoded = data.encode(with_template(rows, "plain"), tokenizer, ["a"])
     total = count = 0
     for e in encoded:
         ids = torch.tensor([e.ids])
@@ -246,7 +250,7 @@ def test_generated_answers_to_gsm8k_are_read_and_compared():
             return [tokenizer.encode("so\n#### 1,200\n#### 5", start=False) for _ in prompts]
 
     rows = [example(("q" * n, f"#### {a}")) for n, a in ((9, "1200"), (3, "5"), (5, "1,200"), (1, "12"))]
-    encoded = data.encode([TEMPLATES["plain"].apply(row) for row in rows], tokenizer, [""])
+    encoded = data.encode(with_template(rows, "plain"), tokenizer, [""])
     assert gsm8k.function(Parrot(), encoded, tokenizer, 3, 64) == {"final answer": 50.0}
 
 

@@ -20,7 +20,7 @@ ALLOWED = {"model": set(), "engine": {"model"}, "data": {"model", "engine"}, "fo
            "reproduce": EVERY - {"bench"}, "bench": EVERY}
 # Of others: what requirements.txt brings (torch brings numpy); the rest serves papers and measurements only.
 NEEDED = {"torch", "numpy", "safetensors", "tokenizers"}
-OPTIONAL = {"matplotlib": {"reproduce", "tools"}, "transformers": {"bench"}, "peft": {"bench"}}
+OPTIONAL = {"jinja2": {"formats"}, "matplotlib": {"reproduce", "tools"}, "transformers": {"bench"}, "peft": {"bench"}}
 
 
 def sources(*endings):
