@@ -20,6 +20,8 @@ Our choices where it is silent or contradicts itself:
   that token is the same for every prompt, and then the gates cannot depend on the task. Default: the prompt's mean.
 - Input embeddings are small (0.02 is a usual start), and a two-layer MLP that reads them as they are hardly leaves 1/2
   with its gates. Ours reads them at unit root mean square; `--no-router-norm` restores the bare embedding.
+- In a talk of several turns a prompt is all before the answer in question. Each answer is a training example by
+  itself, with gates (and positions) from that whole prompt, as in a chat.
 - One router for the whole model, soft gates in training and evaluation. The paper's experiments threshold them at 0.5
   (its section 4): `--gate hard`.
 - Every token is edited after every layer. LoReFT's instruction tuning edits the prompt's first and last tokens after
@@ -194,13 +196,12 @@ class CSReFTAdapter(Adapter):
             layers[number].register_forward_hook(lambda layer, args, h, i=i: self.edits.edit(i, h, args[1]))
 
     def param_groups(self, lr, weight_decay):
-        """No decay on R, which the QR would undo; the router at its own rate."""
-        groups = [{"params": [self.edits.R], "lr": lr, "weight_decay": 0.0},
-                  {"params": [self.edits.W, self.edits.b], "lr": lr, "weight_decay": weight_decay}]
-        if self.edits.router:
-            groups.append({"params": list(self.edits.router.parameters()), "lr": self.config.router_lr,
-                           "weight_decay": weight_decay})
-        return groups
+        """No decay on R, which the QR would undo, nor on biases; the router at its own rate."""
+        R, W, b, router = self.edits.R, self.edits.W, self.edits.b, [*(self.edits.router or nn.Module()).parameters()]
+        groups = (([W], lr, weight_decay), ([R, b], lr, 0.0),
+                  ([p for p in router if p.dim() > 1], self.config.router_lr, weight_decay),
+                  ([p for p in router if p.dim() == 1], self.config.router_lr, 0.0))
+        return [dict(zip(("params", "lr", "weight_decay"), group)) for group in groups]
 
     @torch.no_grad()
     def prepare(self, steps):
@@ -227,7 +228,7 @@ class CSReFTAdapter(Adapter):
 
     def orthonormality_error(self):
         """Largest entry of |R_i R_i^T - I|, with --ortho joint also of |R_i R_j^T|."""
-        R = self.edits.R.detach().double()
+        R = self.edits.R.detach().cpu().double()  # an Apple GPU has no float64
         R = R.flatten(1, 2) if self.config.ortho == "joint" else R
         return (R @ R.transpose(-1, -2) - torch.eye(R.shape[-2], device=R.device)).abs().max().item()
 

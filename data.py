@@ -7,19 +7,19 @@ Read in this order: examples, the tokenizer, encoding, batches, scoring. Example
 the built-in suite (`base/suite.py`).
 """
 
+import json
 import math
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import processors
 
 from engine import devices
 from engine.table import main_figure
@@ -39,16 +39,15 @@ class Segment:
 
 @dataclass
 class Example:
-    """One record. Its segments are in reading order, so that several assistant turns fit; the prompt is all before the
-    first trained one. choices: the answers to rank, the right one being that of the last trained text, or None. gold:
-    what a generated answer is compared with; None: the last trained text. end: the token behind each answer where a
-    template spells its own BOS as well; None: EOS, and BOS in front as the tokenizer's files say."""
+    """One record, in reading order: what was said (system, user, assistant, maybe several turns) or, once a template
+    has been around it, that and markup. Its prompt is all before the trained segments, which are its last answer.
+    choices: the answers to rank, as texts, then as {text: segments}. gold: the last answer, which choices and generated
+    texts are compared with."""
 
     task: str
     segments: list[Segment]
-    choices: list[str] | None = None
-    gold: str | None = None
-    end: str | None = None
+    choices: list | None = None
+    gold: str = ""
     source: str = ""  # file:line, or task and number of the built-in suite
 
 
@@ -88,26 +87,41 @@ class Suite:
 # ---------------------------------------------------------------------------------------------- tokenizer
 
 
-BOS, EOS = "<bos>", "<eos>"  # in a template's markup, whatever the tokenizer calls them
 SETTINGS = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizer.json` with its special tokens. Its post-processor puts BOS first where files say so."""
+    """A Hugging Face `tokenizer.json` with its special tokens, which come from a template's markup alone: in what
+    somebody said, </s> is four characters. names: {"bos_token": text, ...}."""
 
-    def __init__(self, fast, bos_id, eos_id, pad_id, stop_ids, template=None):
+    def __init__(self, fast, bos_id, eos_id, pad_id, stop_ids, names):
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
-        self.stop_ids, self.template, self.size = stop_ids, template, fast.get_vocab_size()
-        self.special = {token.content: i for i, token in fast.get_added_tokens_decoder().items()}
-        self.special |= {name: i for name, i in ((BOS, bos_id), (EOS, eos_id)) if i is not None}
-        self.markup = re.compile("|".join(map(re.escape, sorted(self.special, key=len, reverse=True))))
-        # Llama 2's normalizer puts a space before any text, also before one that continues another. A line break in
-        # front takes that space on itself, and is taken off again.
-        spaced = re.search(r'"Prepend"|"prepend_scheme":\s*"(first|always)"', fast.to_str())
-        self.lead = fast.encode("\n", add_special_tokens=False).ids if spaced else []
-        behind = [fast.encode(text, add_special_tokens=False).ids for text in (fast.id_to_token(eos_id) + "a", "a")]
-        self.respaced = behind[0][-len(behind[1]) :] == behind[1]  # whether text behind a special token gets it too
-        fast.encode_special_tokens = True  # </s> in a text is five characters; special tokens are put in by number
+        self.stop_ids, self.names, self.size = stop_ids, names, fast.get_vocab_size()
+        state = json.loads(fast.to_str())
+        special = [token for token in state["added_tokens"] if token["special"]]
+        spelled = lambda tokens: re.compile("|".join(re.escape(t["content"]) for t in sorted(
+            tokens, key=lambda t: -len(t["content"]))) or "(?!)")
+        self.special, self.added = spelled(special), spelled(state["added_tokens"])
+        # A second tokenizer, in which the special tokens have private spellings and their old flags.
+        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        self.private = FastTokenizer.from_str(json.dumps(state))
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        self.private.add_special_tokens([
+            AddedToken(f"\ue002{t['id']}\ue003", **{flag: t[flag] for flag in flags}) for t in special])
+        self.ids = {self.private.token_to_id(f"\ue002{t['id']}\ue003"): t["id"] for t in special}
+        self.spelling = {t["content"]: f"\ue002{t['id']}\ue003" for t in special}
+        fast.encode_special_tokens = True
+        # What goes in front of a text: BOS where the tokenizer puts it, and the space that such a text begins with.
+        bos = names.get("bos_token", "")
+        self.opening = next((first for first in ("", bos, bos + " ") if self.encode_segments(
+            [Segment(first), Segment("a", "user")])[0] == self.encode("a")), "")
+
+    def protect(self, tokens):
+        """Makes special tokens of added ones that a template spells, so that they come from its markup alone."""
+        if tokens:
+            self.fast.encode_special_tokens = False
+            self.fast.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+            self.__init__(self.fast, self.bos_id, self.eos_id, self.pad_id, self.stop_ids, self.names)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -135,39 +149,47 @@ class Tokenizer:
                 raise UserError(f"{path / 'tokenizer.json'}: token {token!r} has id {last}, expected less than "
                                 f"vocab_size {size} of config.json: the tokenizer belongs to another model")
 
-        def token_id(kind):
-            token = settings.get(f"{kind}_token")
-            token = token["content"] if isinstance(token, dict) else token
-            found = token and fast.token_to_id(token)
-            if token and found is None and kind != "pad":  # EOS serves, and nothing looks at padding
-                raise UserError(f"{path}: {kind}_token {token!r:.80} is not in the vocabulary of tokenizer.json")
-            return found
-
         with reading(path / "tokenizer_config.json"):
-            bos, eos, pad = token_id("bos"), token_id("eos"), token_id("pad")
+            spell = lambda token: token["content"] if isinstance(token, dict) else token
+            names = {key: spell(value) for key, value in settings.items()
+                     if re.fullmatch("(bos|eos|pad|unk|sep|cls|mask)_token", key)}
+            bos, eos, pad = (names.get(f"{kind}_token") and fast.token_to_id(names[f"{kind}_token"])
+                             for kind in ("bos", "eos", "pad"))
+            for kind, found in (("bos", bos), ("eos", eos)):  # EOS serves as pad token, and nothing looks at padding
+                if names.get(f"{kind}_token") and found is None:
+                    raise UserError(f"{path}: {kind}_token {names[f'{kind}_token']!r:.80} is not in the vocabulary of "
+                                    "tokenizer.json")
             stop = settings.get("eos_token_id", [])
             stop = set(stop if isinstance(stop, list) else [stop])
             if wrong := [i for i in stop if fast.id_to_token(i) is None]:
                 raise UserError(f"{path}: eos_token_id is {wrong[0]!r:.80}, expected the id of a token, up to {last}")
-        eos = min(stop, default=None) if eos is None else eos
-        if eos is None:
-            raise UserError(f"{path}: none of {', '.join(SETTINGS)} names an EOS token")
-        with reading(path / "tokenizer.json"):
-            if "add_bos_token" in settings:  # an EOS that it might add too would end the text that is to be continued
-                first = [fast.id_to_token(bos)] if settings["add_bos_token"] and bos is not None else []
-                fast.post_processor = processors.TemplateProcessing(
-                    single=[*first, "$A"], special_tokens=[(token, bos) for token in first])
-            return cls(fast, bos, eos, eos if pad is None else pad, stop | {eos}, settings.get("template"))
+            eos = min(stop, default=None) if eos is None else eos
+            if eos is None:
+                raise UserError(f"{path}: none of {', '.join(SETTINGS)} names an EOS token")
+            names["eos_token"] = fast.id_to_token(eos)
+            begins = settings.get("add_bos_token", fast.encode("").ids[:1] == [bos]) and bos is not None
+            first = [names["bos_token"]] if begins else []
+            fast.post_processor = processors.TemplateProcessing(  # an EOS would end the text that is to be continued
+                single=[*first, "$A"], special_tokens=[(token, bos) for token in first])
+            return cls(fast, bos, eos, eos if pad is None else pad, stop | {eos}, names)
 
-    def encode(self, text, start=True, spaced=False):
-        """Token ids of a text. start: with what the tokenizer puts before a sequence (BOS). spaced: keep the space that
-        the tokenizer puts before any text; with start it is kept anyway."""
-        ids = self.fast.encode(text, add_special_tokens=start).ids
-        if start or spaced or not self.lead:
-            return ids
-        after = self.fast.encode("\n" + text, add_special_tokens=False).ids
-        n = len(self.lead)  # where the line break merges with the text, there is nothing to take off
-        return after[n:] if after[:n] == self.lead else ids
+    def encode(self, text, start=True):
+        """Token ids of a text without markup. start: with BOS in front, where the tokenizer puts it."""
+        return self.fast.encode(text, add_special_tokens=start).ids
+
+    def encode_segments(self, segments):
+        """(ids, labels, tokens of the prompt) of segments with markup. Labels are -100 but for the tokens that reach
+        into trained segments. The whole text is one call, so ids are those of transformers."""
+        text, start = "", None
+        for s in segments:
+            start = len(text) if s.trained and start is None else start
+            text += s.text if s.role else self.special.sub(lambda token: self.spelling[token[0]], s.text)
+        found = self.private.encode(text, add_special_tokens=False)
+        ids = [self.ids.get(i, i) for i in found.ids]
+        prompt = len(ids) if start is None else next(
+            (i for i, (_, end) in enumerate(found.offsets) if end > start), len(ids))
+        prompt = max(1, prompt)  # nothing predicts the very first token
+        return ids, [-100] * len(ids[:prompt]) + ids[prompt:], min(prompt, len(ids))
 
     def decode(self, ids):
         return self.fast.decode(list(ids))
@@ -187,49 +209,20 @@ class Encoded:
     choices: list | None = None  # an Encoded for each choice, labelled on the choice alone, without EOS
     gold: str = ""  # the answer as text
     source: str = ""  # as an Example's
-
-
-def pieces(example, tokenizer):
-    """[(text or id of a special token; trained?; arguments of Tokenizer.encode)] of an example, with the token that
-    ends each answer. Only markup holds special tokens. Neighbouring segments with the same `trained` are one text."""
-    found, end = [], tokenizer.special.get(example.end or EOS)
-    if end is None:
-        raise UserError(f"the tokenizer has no token {example.end!r}, which ends an answer: choose another --template")
-    for trained, run in groupby(example.segments, key=lambda s: s.trained):
-        parts = [""]
-        for segment in run:
-            at = 0
-            for token in tokenizer.markup.finditer(segment.text) if segment.role is None else ():
-                parts[-1] += segment.text[at : token.start()]
-                parts, at = [*parts, tokenizer.special[token[0]], ""], token.end()
-            parts[-1] += segment.text[at:]
-        for part in [part for part in parts if part != "" or len(parts) == 1] + [end] * trained:
-            how = (False, tokenizer.respaced and type(found[-1][0]) is int) if found else (example.end is None, True)
-            found.append((part, trained, how))
-    return found
+    cut: bool = False  # whether the answer's end is missing, so that it matches nothing
 
 
 def encode(examples, tokenizer, names):
-    """[Encoded] for examples, in order. names: all task names, whose order gives the task index.
-
-    Prompts and answers are tokenized apart, so that no token reaches across their border; the token that ends an answer
-    is trained too. The very first token is never trained on: nothing predicts it.
-    """
-    ids_of = cache(lambda part, how: [part] if isinstance(part, int) else tokenizer.encode(part, *how))
+    """[Encoded] for examples that a template has been around, in order. names: all task names, whose order gives the
+    task index."""
     out = []
     for e in examples:
-        parts = pieces(e, tokenizer)
-        tokens = [ids_of(part, how) for part, _, how in parts]
-        labels = [i if trained else -100 for piece, (_, trained, _) in zip(tokens, parts) for i in piece]
-        labels[:1] = [-100]
-        prompt = next((i for i, label in enumerate(labels) if label != -100), len(labels))
-        before, ids, task, choices = sum(tokens[:-2], []), sum(tokens, []), names.index(e.task), None
-        if e.choices:  # tokenized as the answer is, the piece before the last one
-            texts = {c: ids_of(c, parts[-2][2]) for c in e.choices}
-            choices = [Encoded(before + texts[c], [-100] * len(before) + texts[c], prompt, task, gold=c,
-                               source=e.source) for c in e.choices]
-        last = next((part for part, *_ in reversed(parts) if isinstance(part, str)), "")
-        out.append(Encoded(ids, labels, prompt, task, choices, last if e.gold is None else e.gold, e.source))
+        task = names.index(e.task)
+        one = Encoded(*tokenizer.encode_segments(e.segments), task, gold=e.gold, source=e.source)
+        if e.choices:  # labelled on the choice alone, without the token that ends it
+            one.choices = [Encoded(*tokenizer.encode_segments(segments[:-1]), task, gold=text, source=e.source)
+                           for text, segments in e.choices.items()]
+        out.append(one)
     return out
 
 
@@ -244,20 +237,24 @@ def fit(encoded, longest):
         long, front = long + 1, min(over, max(0, e.prompt - longest // 2))
         for one in (e, *(e.choices or ())):
             one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
+            e.cut |= len(one.ids) > longest
             one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
     return long
 
 
 def encode_suite(suite, tokenizer, longest):
     """The Suite with its examples as tokens, none longer than `longest`; says how many were cut."""
-    def tokens(examples, what):
+    def tokens(examples, what, generates=False):
         found = encode(examples, tokenizer, suite.names)
+        for e in found if generates else ():  # only the prompt has to fit
+            e.ids, e.labels = e.ids[: e.prompt], e.labels[: e.prompt]
         if long := fit(found, longest):
             print(f"{what}: {long:,} of {len(examples):,} examples are longer than {longest} tokens: cut")
         return found
 
     return replace(suite, train=tokens(suite.train, "training"), validation=tokens(suite.validation, "validation"),
-                   tests={task: tokens(examples, task) for task, examples in suite.tests.items()})
+                   tests={task: tokens(examples, task, suite.score[task].generates)
+                          for task, examples in suite.tests.items()})
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -336,6 +333,7 @@ class Score:
     name: str
     unit: str
     function: Callable
+    generates: bool = False  # whether the function lets the model write an answer
 
 
 @torch.no_grad()
@@ -377,7 +375,7 @@ def exact_match(model, examples, tokenizer, batch_size, new_tokens):
     """Greedy exact match. No generation is needed: an answer is what greedy decoding gives exactly when each of its
     tokens, EOS included, is the arg-max after the true tokens before it."""
     scores = answer_scores(model, examples, tokenizer.pad_id, batch_size)
-    return {"exact match": percent([hit for *_, hit in scores])}
+    return {"exact match": percent([hit and not e.cut for (*_, hit), e in zip(scores, examples)])}
 
 
 def likeliest_choice(model, examples, tokenizer, batch_size, new_tokens):
@@ -390,7 +388,7 @@ def likeliest_choice(model, examples, tokenizer, batch_size, new_tokens):
         sums = [next(scores)[0] for _ in e.choices]
         rates = [s / len(c.gold.strip().encode()) for s, c in zip(sums, e.choices)]
         for values, hits in ((sums, raw), (rates, by_byte)):
-            hits.append(e.choices[values.index(max(values))].gold == e.gold)
+            hits.append(not e.cut and e.choices[values.index(max(values))].gold == e.gold)
     return {"choice": percent(raw), "choice, by byte": percent(by_byte)}
 
 

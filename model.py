@@ -77,6 +77,8 @@ class LlamaConfig:
                 raise UserError(f"{file}: {key} is {raw.get(key)!r:.80}, expected {expected}")
 
         kind = raw.get("model_type", "llama")
+        if kind == "mistral":  # its default, as in transformers
+            raw.setdefault("max_position_embeddings", 131072)
         need(kind in ("llama", "mistral"), "model_type", "'llama' (or 'mistral' without sliding window)")
         need(kind == "llama" or raw.get("sliding_window", 4096) is None, "sliding_window",
              "null, written out: sliding-window attention is not implemented")
@@ -354,21 +356,27 @@ class Llama(nn.Module):
         Raises UserError, naming file, tensor and what was expected, for anything missing, misshapen or left over.
         """
         path, state, config = Path(path), {}, LlamaConfig.from_pretrained(path)
+        files, read = tensor_files(path), lambda name: read_tensor(files[name], name)  # {tensor name: file}
+        embedding, head, ignored = "model.embed_tokens.weight", "lm_head.weight", ("rotary_emb.inv_freq",)
+        if {embedding, head} <= files.keys() and not read(head).equal(read(embedding)):
+            config.tie_word_embeddings = False  # a head that differs counts, as in transformers
         with reading(path / "config.json"), torch.device("meta"):
             model = cls(config)
-        files, targets = tensor_files(path), model.state_dict()  # {tensor name: file}, {tensor name: meta tensor}
-        embedding, head, ignored = "model.embed_tokens.weight", "lm_head.weight", ("rotary_emb.inv_freq",)
+        targets = model.state_dict()  # {tensor name: meta tensor}
         if config.tie_word_embeddings:  # a file may hold either of the two
             targets.pop(embedding if embedding not in files and head in files else head)
             ignored += (embedding, head)
         if stray := [name for name in files if name not in targets and not name.endswith(ignored)]:
             raise UserError(f"{path}: {stray[0]!r} has no place in the model that config.json describes")
+        plain = rope_frequencies(replace(config, rope_scaling=None))
+        differs = lambda tensor: tensor.shape != plain.shape or not plain.allclose(tensor.float(), rtol=1e-2)
+        if other := [name for name in files if name.endswith(ignored[0]) and differs(read(name))]:
+            print(f"note: {other[0]} in {path} is of another rope_theta than config.json, which counts")
         # The largest first: it is mapped while it is converted, and the peak is lowest while little else is loaded.
         for name, target in sorted(targets.items(), key=lambda item: -item[1].numel()):
             if name not in files:
                 raise UserError(f"{path}: tensor {name!r} is missing, expected shape {tuple(target.shape)}")
-            with open_tensors(files[name]) as tensors:  # opened anew: a mapped file's pages count as memory
-                tensor = tensors.get_tensor(name)
+            tensor = read(name)
             if tensor.shape != target.shape or tensor.dtype not in DTYPES:
                 raise UserError(f"{files[name]}: tensor {name!r} is {str(tensor.dtype)[6:]} of shape "
                                 f"{tuple(tensor.shape)}, expected float32, float16 or bfloat16 of shape "
@@ -505,6 +513,18 @@ def open_tensors(file):
         raise UserError(f"{file} is not a complete safetensors file, fetch it again: {error}") from error
 
 
+def read_tensor(file, name):  # opens the file anew: the pages of a mapped one count as memory
+    with open_tensors(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+def checkpoint_files(path):
+    """[Path] of all that decides what a checkpoint computes and says: its weights, and these where they exist."""
+    beside = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+              "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+    return [*sorted(set(tensor_files(path).values())), *(path / name for name in beside if (path / name).exists())]
+
+
 def tensor_files(path):
     """{tensor name: file} of a checkpoint folder, from its one file or from the index of its shards."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
@@ -539,9 +559,10 @@ class Adapter:
         self.model = model
 
     def param_groups(self, lr, weight_decay):
-        """The optimiser's parameter groups."""
+        """The optimiser's parameter groups. Norms and biases, of one dimension, have no weight decay."""
         params = [p for p in self.model.parameters() if p.requires_grad]
-        return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
+        return [{"params": [p for p in params if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+                {"params": [p for p in params if p.dim() <= 1], "lr": lr, "weight_decay": 0.0}]
 
     def optimizer(self, lr, weight_decay):
         """The optimiser of param_groups. The training loop varies the rate of each group from its value here."""

@@ -106,7 +106,7 @@ class MultiLoRA(nn.Module):
 
 def singular_values(delta, count):
     """The `count` largest singular values of ΔW, divided by their sum: (count,) float64, zeros where ΔW is zero."""
-    values = torch.linalg.svdvals(delta.double())[:count]
+    values = torch.linalg.svdvals(delta.cpu().double())[:count]  # an Apple GPU has no float64
     return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 

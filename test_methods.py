@@ -23,12 +23,14 @@ from safetensors.torch import load_file, save_file
 import cofitune
 import csreft
 import data
+import formats
 import multilora
 import train
 from base import suite as builtin
 from engine.flags import Stopped
-from model import (Adapter, Context, Llama, LlamaConfig, UserError, find_linears, labelled_positions, open_tensors,
-                   parse_layers)
+from data import Segment
+from model import (Adapter, Cache, Context, Llama, LlamaConfig, UserError, find_linears, labelled_positions,
+                   open_tensors, parse_layers)
 from tests.helpers import (BASE, HERE, QUICK, builtin_examples, cli, clone, json_lines, perturb, random_ids, settled,
                            tiny, trained_on_builtin)
 from tools.plot import gates_by_task
@@ -409,6 +411,27 @@ def test_the_first_token_cannot_tell_tasks_apart_and_the_prompts_mean_can(capsys
     one, other = gates_by_task(model, adapter, tests, tokenizer.pad_id).values()
     apart = max(abs(a - b) for a, b in zip(one, other))
     assert apart == 0 if route_on == "first_token" else apart > 0.1
+
+
+@torch.no_grad()
+def test_a_talks_gates_in_training_are_those_of_a_chat():
+    """Log-probability of the second answer: as a training example, and said token by token behind the prompt."""
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    csreft.attach(model, csreft_config(positions="f2+l3"))
+    perturb(model, 0.3)
+    template, _ = formats.choose("short", tokenizer, BASE)
+    said = [Segment("Sort: b a", "user"), Segment("a b", "assistant", True), Segment("Add 1 and 2.", "user"),
+            Segment("3 !", "assistant", True)]
+    one = data.encode(template.answers(data.Example("", said)), tokenizer, [""])[1]
+    asked = tokenizer.encode_segments(template.apply(data.Example("", said[:3])).segments)
+    batch = data.collate([one], 0)
+    assert one.ids[: one.prompt] == asked[0]
+    cache, total = Cache(model.config, torch.tensor([one.prompt]), 9, torch.float32), 0.0
+    h = model.model(torch.tensor([asked[0]]), Context(torch.ones(1, one.prompt, dtype=torch.bool), cache=cache))
+    for place, token in enumerate(one.ids[one.prompt :], one.prompt):
+        total -= model.lm_head(h[0, -1]).log_softmax(-1)[token].item()
+        h = model.model(torch.tensor([[token]]), Context(cache=cache, positions=torch.tensor([[place]])))
+    assert model(batch.ids, batch.labels, batch.ctx, reduction="sum").item() == pytest.approx(total, rel=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["all", "f2+l2"])

@@ -28,14 +28,13 @@ from base import suite as builtin
 from engine import devices
 from engine.checkpoint import Checkpoint, load_tensors, save_tensors
 from engine.flags import Parser, Stopped, add_flags, check, command_line, flag, signals_deferred, user_message
-from engine.folder import RunFolder, digest, peak_memory, provenance, refuse_inputs
+from engine.folder import RunFolder, difference, digest, peak_memory, provenance, refuse_inputs
 from engine.progress import Log, progress
 from engine.table import print_table, summary
 from formats import samples
-from model import Llama, LlamaConfig, UserError, read_json, reading, run_layer, tensor_files
+from model import Llama, LlamaConfig, UserError, checkpoint_files, read_json, reading, run_layer
 
 HERE = Path(__file__).resolve().parent
-TEMPLATES = ("auto", *formats.TEMPLATES)
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 STANDARD = {"steps": 600, "batch_size": 48, "lr": 1e-3}  # where a method's own DEFAULTS say nothing else
 NOT_ASKED = ("out", "overwrite", "save_every", "shard")  # another value of these is still the same run
@@ -57,7 +56,9 @@ class Config:
     general_data: Annotated[list[str], "files of what the base can do already, only scored"] = field(
         default_factory=list)
     mix: Annotated[Literal["proportional", "equal"], "sample tasks by size, or equally often"] = "proportional"
-    template: Annotated[Literal[TEMPLATES], "prompt template; auto: the base's own, else plain"] = "auto"
+    choices: Annotated[Literal["text", "letter"], "rank the options of a question by text or by letter"] = "text"
+    template: Annotated[str, "prompt template: auto (the base's, else plain), a Jinja file, or one of "
+                             + ", ".join(formats.TEMPLATES)] = "auto"
     tasks: Annotated[str, "built-in new tasks to learn: all (six), or names separated by commas"] = "all"
     max_length: Annotated[int, "longest example in tokens; longer ones are cut at the front of the prompt",
                           "[2, inf)"] = 512
@@ -398,7 +399,8 @@ def device_and_dtype(config):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]:.80}") from None
-    auto = "bfloat16" if device.startswith("cuda") else "float32"
+    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    auto = "bfloat16" if fast else "float32"  # older GPUs emulate bfloat16, slower than float32
     return torch.device(device), getattr(torch, auto if config.dtype == "auto" else config.dtype)
 
 
@@ -420,17 +422,19 @@ def load_data(config, split=None, limit=None, train=True):
     """(Suite of tokens, tokenizer, name of the template) of a run. split, limit: instead of the run's; train: False
     leaves out the training examples."""
     tokenizer = data.Tokenizer.from_pretrained(config.base)
-    split, limit, template = split or config.eval_split, config.eval_limit if limit is None else limit, "short"
+    split, limit = split or config.eval_split, config.eval_limit if limit is None else limit
     if config.builtin:
         suite = builtin.load(config.tasks, split, limit)
+        template, _ = formats.choose("short", tokenizer, Path(config.base))
     else:
         template, source = formats.choose(config.template, tokenizer, Path(config.base))
-        print(f"template {template}: {source}")
-        suite = formats.load(config.data, config.eval_data, config.general_data, split, limit, template, config.mix)
+        print(f"template: {source}")
+        suite = formats.load(config.data, config.eval_data, config.general_data, split, limit, config.mix,
+                             choices=config.choices)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     some = random.Random("validation").sample(suite.validation, min(512, len(suite.validation)))
     suite = replace(suite, train=suite.train if train else [], validation=some if config.eval_every else [])
-    return data.encode_suite(suite, tokenizer, longest), tokenizer, template
+    return data.encode_suite(formats.dress(suite, template), tokenizer, longest), tokenizer, template.name
 
 
 def load_trial_data(config):
@@ -453,11 +457,10 @@ def identity(config, method_config, device, dtype):
     base, method = Path(config.base), sys.modules[type(method_config).__module__]
     code = [HERE / name for name in ("model.py", "data.py", "train.py", "base/suite.py")] + [Path(method.__file__)]
     code += sorted((HERE / "formats").glob("*.py")) if not config.builtin else [HERE / "formats/templates.py"]
-    weights = {str(file) for file in tensor_files(base).values()}
     hashes = lambda files, above: {Path(file).relative_to(above).as_posix(): digest(file) for file in files}
     return {"settings": {key: value for key, value in asdict(config).items() if key not in NOT_ASKED},
             "method_settings": asdict(method_config), "device": device.type, "dtype": str(dtype)[6:],
-            "base": hashes(sorted([*weights, *map(str, base.glob("*.json"))]), base),
+            "base": hashes(checkpoint_files(base), base),
             "data": {file: digest(file) for file in files_of(config) if Path(file).is_file()},
             "code": hashes(code, HERE)}
 
@@ -488,8 +491,9 @@ def load_run(run_dir, device="cpu", dtype=torch.float32, base=None, shard=False)
         base = Path(base or saved["asked"]["settings"]["base"])
         if not base.is_dir():
             raise UserError(f"{run_dir} was trained on the base {base}, which is not here: run where it is")
-        if any(saved["asked"]["base"].get(file.name) != digest(file) for file in base.glob("*.safetensors")):
-            raise UserError(f"{run_dir} was trained on other weights than {base} holds now (SHA-256 differs)")
+        held = {file.name: digest(file) for file in checkpoint_files(base)}
+        if other := difference({"base": saved["asked"]["base"]}, {"base": held}):
+            raise UserError(f"{run_dir} was trained on another base than {base} holds now: {other}")
     model = devices.load(base, device, dtype, shard)
     with reading(run_dir / "config.json"):
         adapter = start_adapter(model, method, type(default)(**saved["settled"]))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from data import Suite
 from formats.files import read_records
-from formats.known import FORMATS
-from formats.templates import TEMPLATES, choose, named
+from formats.known import FORMATS, is_trained
+from formats.templates import TEMPLATES, choose, dress, solved
 from model import UserError
 
-__all__ = ["FORMATS", "TEMPLATES", "choose", "load", "name_and_file", "named", "read_files", "read_records",
+__all__ = ["FORMATS", "TEMPLATES", "choose", "dress", "load", "name_and_file", "read_files", "read_records",
            "task_name"]
 
 
@@ -23,7 +23,7 @@ def task_name(file):
     """A task's name from its file: without train, val, dev or test, or the folder's where nothing else is left."""
     split = "train|val|validation|dev|test"
     stem = re.sub(rf"[-_.]({split})$", "", Path(str(file).removesuffix(".gz")).stem)
-    return Path(file).resolve().parent.name if re.match(rf"({split})\b", stem.replace("_", "-")) else stem
+    return Path(file).absolute().parent.name if re.match(rf"({split})\b", stem.replace("_", "-")) else stem
 
 
 def name_and_file(entry):
@@ -47,9 +47,18 @@ class Fields(dict):
         return self[name] if name in self else default
 
 
-def read_files(files):
+def recognised(records):
+    """The name of the first format that takes a third of the records, else of that which takes most; None where none
+    takes any. Null and empty fields count as absent. Formats overlap: all of Alpaca's rows may have a text, too."""
+    filled = [{key: value for key, value in record.items() if value not in (None, "", [], {})} for record in records]
+    counts = {kind: sum(map(bool, map(known.recognises, filled))) for kind, known in FORMATS.items()}
+    kind = max(counts, key=lambda kind: min(3 * counts[kind], len(records)))
+    return kind if counts[kind] else None
+
+
+def read_files(files, choices="text"):
     """{task: (format name, [Example])} of files given as FILE or NAME=FILE. Prints what was recognised, what is wrong
-    with rows that are left out, and which fields are not read.
+    with rows that are left out, and which fields are not read. choices: "letter" ranks letters where a format has both.
 
     Raises UserError, naming file and line, where more than one row in a hundred of a file is bad.
     """
@@ -57,7 +66,7 @@ def read_files(files):
     for name, file in map(name_and_file, files):
         records = list(read_records(file))
         whole = [record for _, record, wrong in records if isinstance(record, dict) and not wrong]
-        kind = next((kind for kind, known in FORMATS.items() if any(map(known.recognises, whole))), None)
+        kind = recognised(whole)
         if whole and not kind:
             raise UserError(f"{file}: the fields {', '.join(whole[0]):.80} match no format; known: "
                             f"{', '.join(FORMATS)} (tools.show --formats)")
@@ -66,9 +75,11 @@ def read_files(files):
             try:
                 if wrong or not isinstance(record, dict):
                     raise UserError(wrong or "no object with named fields")
-                found = FORMATS[kind].read(Fields(record, read))
-                rows += [replace(example, task=name, source=f"{file}:{line}")
-                         for example in (found if isinstance(found, list) else [found])]
+                record = Fields({key: value for key, value in record.items() if value is not None}, read)
+                found = (choices == "letter" and FORMATS[kind].lettered or FORMATS[kind].read)(record)
+                found, trained = found if isinstance(found, list) else [found], is_trained(record)
+                rows += [replace(one, task=name, source=f"{file}:{line}", segments=[
+                    replace(s, trained=s.trained and trained) for s in one.segments]) for one in found]
             except Exception as error:  # a reader checks nothing that fails by itself
                 fault = f"no field {error}" if type(error) is KeyError else f"{type(error).__name__}: {error}"
                 known = isinstance(error, UserError)
@@ -82,7 +93,8 @@ def read_files(files):
               f"{FORMATS[kind].score.name}" + f"; {len(rows):,} examples" * (len(rows) != len(records) - len(bad)))
         if bad:
             print(f"{name}: {len(bad):,} bad rows are left out; the first, {file}:{bad[0][0]}: {bad[0][1]:.120}")
-        if unread := [field for field in dict.fromkeys(f for record in whole for f in record) if field not in read]:
+        fields = dict.fromkeys(field for record in whole for field in record if record[field] is not None)
+        if unread := [field for field in fields if field not in read]:
             print(f"{name}: fields that are not read: {', '.join(unread):.200}")
         if tasks.setdefault(name, (kind, []))[0] != kind:
             raise UserError(f"two files of task {name!r} have the formats {tasks[name][0]} and {kind}: "
@@ -93,11 +105,11 @@ def read_files(files):
 
 def with_shots(row, shots):
     """The Example with solved ones of its task in front of its question, in the template plain."""
-    solved = "".join("".join(s.text for s in TEMPLATES["plain"].apply(shot).segments) + "\n\n" for shot in shots)
+    ahead = "".join(solved(shot) + "\n\n" for shot in shots)
     first = next((i for i, s in enumerate(row.segments) if s.role == "user"), None)
     if first is None:
         raise UserError(f"task {row.task!r} is plain text: it has no question to put --shots in front of")
-    segments = [replace(s, text=solved + s.text) if i == first else s for i, s in enumerate(row.segments)]
+    segments = [replace(s, text=ahead + s.text) if i == first else s for i, s in enumerate(row.segments)]
     return replace(row, segments=segments)
 
 
@@ -112,28 +124,30 @@ def hold_out(rows):
     return [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in out]
 
 
-def load(files, eval_files=(), general_files=(), split="test", limit=0, template="plain", mix="proportional", shots=0,
-         shot_files=()):
+def load(files, eval_files=(), general_files=(), split="test", limit=0, mix="proportional", shots=0, shot_files=(),
+         choices="text"):
     """Suite of user files. Without eval_files a twentieth of the rows, drawn from all over the file, is held out as
     test data; a twentieth of the others is validation data. Neither is ever trained on, whatever the split. General
     files are only scored: half of their rows are validation data, the others test data. limit takes rows from all over
-    a file, too. shots: solved rows of shot_files in front of each scored question.
+    a file, too. shots: solved rows of shot_files in front of each scored question, none of which is scored itself.
 
     mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
     """
-    apply = named(template).apply
-    rows, held, general, solved = map(read_files, (files, eval_files, general_files, shot_files))
+    rows, held, general, shown = (read_files(part, choices) for part in (
+        files, eval_files, general_files, shot_files))
     if both := (rows.keys() | held.keys()) & general.keys():
         raise UserError(f"task {min(both)!r} is both general and to be learned: name it apart with NAME=FILE")
     train, tests, validation = {}, {}, []
+    unseen = [row for part in (held, general) for _, every in part.values() for row in every]
     for name, (_, left) in rows.items():
         count = len(left)
         if not held:
             left, tests[name] = hold_out(left)
+            unseen += tests[name]
             print(f"{name}: a twentieth of the rows ({len(tests[name])} of {count:,}), drawn from all over them, is "
                   "held out and never trained on; --eval-data names other data")
         train[name], choosing = hold_out(left)
-        validation += map(apply, choosing)
+        validation += choosing
         if split == "validation":
             tests[name] = choosing
         if not train[name] or not tests.get(name, True):
@@ -144,18 +158,20 @@ def load(files, eval_files=(), general_files=(), split="test", limit=0, template
         tests[name] = drawn(every)[split == "test" :: 2] or every  # a single row is in both halves
     said = lambda row: tuple((s.role, s.text) for s in row.segments)
     known = {said(row) for every in train.values() for row in every}
+    held_out = {said(row) for row in (*unseen, *validation)}
     for name, every in tests.items():
-        every, ahead = every[: limit or None], solved.get(name, ("", ()))[1][:shots]
+        every = every[: limit or None]
+        ahead = [row for row in shown.get(name, ("", ()))[1] if said(row) not in held_out][:shots]
         if twice := sum(said(row) in known for row in every):
             print(f"{name}: {twice:,} of the {len(every):,} rows that are scored are the same as rows trained on")
         if len(ahead) < shots:
-            raise UserError(f"--shots {shots}: --shot-data has fewer rows for task {name!r}")
-        tests[name] = [apply(with_shots(row, ahead) if shots else row) for row in every]
+            raise UserError(f"--shots {shots}: --shot-data has fewer rows for task {name!r} that are not scored")
+        tests[name] = [with_shots(row, ahead) if shots else row for row in every]
     if mix == "equal":
         most = max(map(len, train.values()), default=0)
         train = {name: [every[i % len(every)] for i in range(most)] for name, every in train.items()}
     kinds = {name: kind for name, (kind, _) in (rows | held | general).items()}
-    return Suite(list(train), [apply(row) for every in train.values() for row in every], tests,
+    return Suite(list(train), [row for every in train.values() for row in every], tests,
                  group={name: "general" if name in general else "new" for name in tests},
                  aspect={name: kinds[name] for name in tests},
                  score={name: FORMATS[kinds[name]].score for name in tests}, validation=validation)

@@ -43,6 +43,7 @@ def read_records(file):
                     except (ValueError, RecursionError) as error:
                         yield line, None, f"not valid JSON (expected a whole object in each line, or an array): {error}"
         else:
+            csv.field_size_limit(2**31 - 1)
             rows = csv.reader(io.StringIO(content, newline=""), strict=True)
             names = next(rows, [])
             if len(names) == 6 and names[-1].strip() in list("ABCD0123"):

@@ -44,28 +44,45 @@ def answer_among(words, record, name):
 
 
 def example(*turns, system="", given="", earlier=(), choices=None):
-    """Example of (user, assistant) turns. given: what goes with the first one, Alpaca's input. earlier: turns ahead of
-    it."""
+    """Example of (user, assistant) turns; user is None in plain text. given: what goes with the first one, Alpaca's
+    input. earlier: turns ahead of it."""
     segments = [Segment(system, "system")] if system else []
     for i, (user, assistant) in enumerate([*earlier, *turns]):
-        said = Segment(user, "user"), Segment(given if i == len(earlier) else "", "input")
-        segments += [s for s in said if s.text] + [Segment(assistant, "assistant", trained=True)]
-    return Example("", segments, choices)
+        segments += [Segment(user, "user")] * (user is not None)
+        segments += [Segment(given, "input")] * bool(given and i == len(earlier))
+        segments.append(Segment(assistant, "assistant", trained=True))
+    return Example("", segments, choices, gold=segments[-1].text)
 
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
+# Marks of an answer, or of a record, that is not to be trained on, as other programs write them.
+UNTRAINED = (("weight", 0), ("train", False), ("trainable", False), ("masked", True), ("loss_mask", 0))
+
+
+def is_trained(record):
+    """Whether a record or a message has none of the marks above."""
+    return not any(name in record and record[name] == value for name, value in UNTRAINED)
+
+
 def conversation(messages, name, system=""):
     """Example of a list of messages, the last of which is the assistant's."""
+    if named := next((key for m in messages for key in ("tool_calls", "function_call") if m.get(key)), None):
+        raise UserError(f"field {name!r} has {named}, which no template here writes")
     said = [(text_of(m, "role", "from"), text_of(m, "content", "value")) for m in messages]
     roles = [ROLES.get(role, role) for role, _ in said]
     if roles[:1] == ["system"]:
-        system, roles, said = said[0][1], roles[1:], said[1:]
+        if system not in ("", said[0][1]):
+            raise UserError(f"field {name!r} begins with a system message, and there is a field 'system' as well")
+        system, roles, said, messages = said[0][1], roles[1:], said[1:], messages[1:]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(f"field {name!r} has the roles {roles!r:.80}, expected user and assistant in turn")
     texts = [text for _, text in said]
-    return example(*zip(texts[::2], texts[1::2]), system=system)
+    found = example(*zip(texts[::2], texts[1::2]), system=system)
+    for segment, message in zip([s for s in found.segments if s.role != "system"], messages):
+        segment.trained = segment.trained and is_trained(message)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- instructions and talk
@@ -146,7 +163,7 @@ def final_answers(model, examples, tokenizer, batch_size, new_tokens):
     return {"final answer": percent([final_number(t) == final_number(e.gold) for t, e in zip(texts, examples)])}
 
 
-gsm8k = Score("gsm8k", "%", final_answers)
+gsm8k = Score("gsm8k", "%", final_answers, generates=True)
 
 
 # ---------------------------------------------------------------------------------------------- multiple choice
@@ -201,30 +218,73 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MMLU, MMLU_NUMBERED = "question A B C D answer", "question choice0 choice1 choice2 choice3 answer"
 
 
+def by_letter(read):
+    """The reader that ranks letters, under which the options stand. read(record) -> (question, options, place of the
+    right one)."""
+    def lettered(record):
+        question, options, right = read(record)
+        letters = LETTERS[: len(options)]
+        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
+        return example((f"{question}\n{listed}\nAnswer:", letters[right]), choices=list(letters))
+
+    return lettered
+
+
+def by_text(read):
+    """The reader that ranks the options' own texts, as an answer to the question."""
+    def texts(record):
+        question, options, right = read(record)
+        return example((f"Question: {question}\nAnswer:", options[right]), choices=options)
+
+    return texts
+
+
+def options_in(question, options, label, first=0):
+    """The reader of (question, options, place of the right one) from these fields; first: the first option's label."""
+    def read(record):
+        texts = [text_of(record, name) for name in options.split()]
+        keys = {str(first + place): place for place in range(len(texts))}
+        asked = "\n".join(text_of(record, name) for name in question.split())
+        return asked, texts, answer_among(keys, {label: str(record[label]).strip()}, label)
+
+    return read
+
+
+def read_mmlu(record):
+    *names, answer = (MMLU if "A" in record else MMLU_NUMBERED).split()
+    question, *options = [text_of(record, name) for name in names]
+    return question, options, answer_among(places(len(options)), {answer: str(record[answer]).strip()}, answer)
+
+
+def places(count):
+    """{key: place} of options that have no labels: their letters, and their places from 0 on."""
+    return {**{letter: place for place, letter in enumerate(LETTERS[:count])}, **{str(i): i for i in range(count)}}
+
+
 def read_choices(record):
     """The options as a list, as {text, label} of lists, or as a list of {text, label}; the answer as one of the labels,
-    as a letter, or as a place from 0 on. The prompt has the options under letters; its answer is a letter."""
+    as a letter, or as a place from 0 on."""
     asked = record["question"] if isinstance(record.get("question"), dict) else record  # ARC's own files
-    question, options, labels = text_of(asked, "question", "question_stem", "stem"), asked["choices"], None
+    question, options, labels = text_of(asked, "question", "question_stem", "stem", "ctx"), asked, None
+    options = asked["endings"] if "endings" in asked else asked["choices"]
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label")
     elif isinstance(options, list) and isinstance(options[0], dict):
         options, labels = ([option[name] for option in options] for name in ("text", "label"))
     if not isinstance(options, list) or not 2 <= len(options) <= 26:
         raise UserError(f"field 'choices' is {options!r:.80}, expected a list of 2 to 26 texts")
-    letters = LETTERS[: len(options)]
-    keys = dict(zip(map(str, labels or range(len(options))), letters, strict=True))
-    keys |= {} if labels else dict(zip(letters, letters))
     name = next((n for n in ("answerKey", "answer") if n in record), "label")
-    answer = answer_among(keys, {name: str(record[name]).strip()}, name)
-    listed = "\n".join(f"{letter}. {checked(option, 'choices')}" for letter, option in zip(letters, options))
-    return example((f"{question}\n{listed}\nAnswer:", answer), choices=list(letters))
+    keys = dict(zip(map(str, labels), range(len(options)), strict=True)) if labels else places(len(options))
+    options = [checked(option, "choices") for option in options]
+    return question, options, answer_among(keys, {name: str(record[name]).strip()}, name)
 
 
-def read_mmlu(record):
-    question, *options, answer = (MMLU if "A" in record else MMLU_NUMBERED).split()
-    return read_choices({"question": record[question], "choices": [record[option] for option in options],
-                         "answer": record[answer]})
+def read_winogrande(record):
+    """The options as what stands behind the sentence's blank with each of them in it."""
+    before, after = text_of(record, "sentence").split("_")
+    options = [text_of(record, name) + after for name in ("option1", "option2")]
+    right = answer_among({"1": 0, "2": 1}, {"answer": str(record["answer"])}, "answer")
+    return example((before.rstrip(), options[right]), choices=options)
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -232,11 +292,12 @@ def read_mmlu(record):
 
 @dataclass
 class Format:
-    recognises: Callable  # record -> whether it is of this kind; one such record decides for a file
+    recognises: Callable  # record -> whether it is of this kind
     score: Score  # how a task of this kind is scored
     read: Callable  # record -> Example, or several
     fields: str  # what a record holds, in words
     sample: dict  # a record, for the tests and `python -m tools.show --formats`
+    lettered: Callable | None = None  # the same with --choices letter, where options may be ranked by text or letter
 
 
 def has(*kinds):
@@ -244,7 +305,7 @@ def has(*kinds):
     return lambda record: any(all(name in record for name in kind.split()) for kind in kinds)
 
 
-# The first that recognises one of a file's records is taken.
+# The first that recognises a third of a file's records is taken.
 FORMATS = {
     "chat": Format(has("messages"), loss, messages("messages"),
                    "messages of role (user and assistant in turn, system first if at all) and content",
@@ -290,12 +351,27 @@ FORMATS = {
                    "premise, choice1, choice2, question (cause, effect), label (0, 1)",
                    {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "cause",
                     "label": 0}),
-    "mmlu": Format(has(MMLU, MMLU_NUMBERED), choice, read_mmlu,
-                   "CSV of question, four options, answer (0-3 or A-D); with a header or without",
+    "mmlu": Format(has(MMLU, MMLU_NUMBERED), choice, by_letter(read_mmlu),
+                   "CSV of question, four options, answer (0-3 or A-D), ranked by letter; with a header or without",
                    {"question": "2 + 2?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"}),
-    "choices": Format(lambda r: "choices" in r or "answerKey" in r, choice, read_choices,
-                      "question, choices (a list, or text and label), answer or answerKey (place or letter)",
-                      {"question": "What floats?", "choices": ["lead", "ice"], "answer": 1}),
+    "choices": Format(lambda r: "choices" in r or "answerKey" in r or "ctx" in r and "endings" in r, choice,
+                      by_text(read_choices), "question (question_stem, ctx), choices or endings (a list, or text and "
+                      "label), answer, answerKey or label (place or letter): ARC, OpenBookQA, HellaSwag",
+                      {"question": "What floats?", "choices": ["lead", "ice"], "answer": 1}, by_letter(read_choices)),
+    "piqa": Format(has("goal sol1 sol2 label"), choice, by_text(options_in("goal", "sol1 sol2", "label")),
+                   "goal, sol1, sol2, label (0, 1)",
+                   {"goal": "Cool a drink.", "sol1": "Add lead.", "sol2": "Add ice.", "label": 1},
+                   by_letter(options_in("goal", "sol1 sol2", "label"))),
+    "siqa": Format(has("context question answerA answerB answerC label"), choice,
+                   by_text(options_in("context question", "answerA answerB answerC", "label", 1)),
+                   "context, question, answerA, answerB, answerC, label (1 to 3)",
+                   {"context": "It rains.", "question": "What does Ann take?", "answerA": "a lamp", "answerB": "ice",
+                    "answerC": "an umbrella", "label": "3"},
+                   by_letter(options_in("context question", "answerA answerB answerC", "label", 1))),
+    "winogrande": Format(has("sentence option1 option2 answer"), choice, read_winogrande,
+                         "sentence with a blank _, option1, option2, answer (1, 2)",
+                         {"sentence": "Lead sank and ice floated because _ is light.", "option1": "lead",
+                          "option2": "ice", "answer": "2"}),
     "alpaca": Format(
         has("instruction output", "instruction response"), loss,
         question(["instruction"], ["output", "response"], ["input", "context"]),
@@ -308,6 +384,6 @@ FORMATS = {
         has(*(f"{asked} {answer}" for asked in PROMPTS for answer in ANSWERS)), exact, question(PROMPTS, ANSWERS),
         f"one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}; maybe system, history",
         {"prompt": "What floats?", "completion": "Ice."}),
-    "text": Format(has("text"), loss, lambda r: example(("", text_of(r, "text"))), "text",
+    "text": Format(has("text"), loss, lambda r: example((None, text_of(r, "text"))), "text",
                    {"text": "Ice floats, and lead does not."}),
 }

@@ -1,167 +1,214 @@
-"""Prompt templates: how a conversation becomes text. {} is what somebody says, the rest is markup.
+"""Prompt templates: a template is a Jinja chat template, the checkpoint's own where it has one.
 
-Only markup holds special tokens: what somebody said is text, whatever it spells (data.pieces). Chat models' templates
-spell their own BOS and the end of each turn; around those of base models data.encode puts the tokenizer's.
+A conversation is rendered twice, as it is and with a private mark in the place of each text. So markup and what
+somebody said can be told apart, and special tokens come from markup alone. Rendering follows transformers: the same
+sandbox, settings, filters and globals.
 """
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
 
-from tokenizers import AddedToken
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data import BOS, EOS, Segment
-from model import UserError, read_json
+from data import Segment
+from model import UserError, read_json, reading
+
+TASK = "Below is an instruction that describes a task"
+# An answer ends with EOS; a system text leads the first question.
+ASKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ message.content + eos_token }}{% else %}"
+    "{% if loop.first or loop.previtem.role == 'assistant' %}{{ '' if loop.first else '\n\n' }}"
+    "{{ '### Instruction:\n' }}{% endif %}{{ message.content + '\n\n' }}"
+    "{{ '### Response:\n' if message.role == 'user' else '' }}{% endif %}{% endfor %}")
+TEMPLATES = {
+    "plain":
+        "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content + eos_token }}"
+        "{% else %}{{ '\n' if not loop.first and loop.previtem.role == 'assistant' else '' }}{{ message.content }}"
+        "{{ '\n\n' if message.role == 'system' else '' }}{% endif %}{% endfor %}",
+    "short": ASKED,  # the built-in suite's
+    "alpaca":
+        "{{ '" + TASK + "' }}{{ ', paired with an input that provides further context' if messages[0].input else '' }}"
+        "{{ '. Write a response that appropriately completes the request.\n\n' }}"
+        + ASKED.replace("message.content + '\n\n'", "message.instruction + '\n\n### Input:\n' + message.input + '\n\n' "
+                        "if message.input else message.content + '\n\n'"),
+    "chatml":
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}",
+    "zephyr":
+        "{% for message in messages %}{{ '<|' + message.role + '|>\n' + message.content + eos_token + '\n' }}"
+        "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else '' }}",
+    "llama2":
+        "{% if messages[0].role == 'system' %}"
+        "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% endif %}"
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "{% set said = system + message.content if system and loop.index0 == 1 else message.content %}"
+        "{{ bos_token + '[INST] ' + said | trim + ' [/INST]' }}"
+        "{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}",
+    "llama3":
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
+        "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}",
+}
+MARK = re.compile("\ue000(\\d+)\ue001")
+BARE = ("plain", "short", "alpaca")  # without BOS: the tokenizer's goes in front
 
 
-def fill(form, *pieces, trained=False):
-    """The segments of a form: its own text as markup, and in the place of each {} one of the pieces, which are lists
-    of segments."""
-    first, *rest = form.split("{}")
-    segments = [Segment(first, trained=trained)]
-    for piece, after in zip(pieces, rest):
-        segments += [*piece, Segment(after, trained=trained)]
-    return [s for s in segments if s.text or s.role]
+def raise_exception(message):
+    raise TemplateError(message)
 
 
-def strip(segment, left=True, right=True):
-    """The segment without the spaces at these ends."""
-    text = segment.text.lstrip() if left else segment.text
-    return replace(segment, text=text.rstrip() if right else text)
+SANDBOX = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+SANDBOX.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+SANDBOX.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-@dataclass
+def messages_of(said, texts):
+    """The messages of bare segments, with these texts in them. An input (Alpaca's) goes to the question before it."""
+    messages = []
+    for segment, text in zip(said, texts):
+        if segment.role == "input":
+            messages[-1] |= {"instruction": messages[-1]["content"], "input": text}
+            messages[-1]["content"] += "\n\n" + text
+        else:
+            messages.append({"role": segment.role, "content": text})
+    return messages
+
+
 class Template:
-    first: str  # the opening turn of the user
-    later: str  # the turns after it
-    reply: str = ""  # what opens an answer; not trained
-    answer: str = "{}"
-    paired: str | None = None  # an opening turn of instruction and input; None: they are one text, a blank line between
-    system: str | None = None  # an opening turn of system text and instruction; None: the same
-    end: str | None = None  # the token behind an answer, of a template that spells its BOS; None: EOS, and no BOS
-    tokens: tuple = ()  # the special tokens that the tokenizer must have
-    trim: str | None = None  # where spaces are taken off: around each text that is "said", or around a whole "turn"
-    marks: tuple = ()  # what all a checkpoint's chat_template holds that is this one
+    """A Jinja chat template, for a tokenizer whose special tokens it spells. name: of one in TEMPLATES, else its text.
 
-    def turn(self, said, opening):
-        """The segments of a user's turn, from those of what is said in it."""
-        if self.trim:  # a turn that opens with system text begins with markup
-            each, marked = self.trim == "said", opening and any(s.role == "system" for s in said)
-            said = [strip(s, each or s is said[0] and not marked, each or s is said[-1]) for s in said]
-        system, user, given = ([s for s in said if s.role == role] for role in ("system", "user", "input"))
-        if opening and given and self.paired and not system:
-            return fill(self.paired + self.reply, user, given)
-        user = fill("{}\n\n{}", user, given) if given else user
-        if opening and system and self.system:
-            return fill(self.system + self.reply, system, user)
-        user = fill("{}\n\n{}", system, user) if system else user
-        return fill((self.first if opening else self.later) + self.reply, user)
+    Raises UserError for a text that is no Jinja template.
+    """
+
+    def __init__(self, name, tokenizer):
+        self.name, self.tokenizer = name, tokenizer
+        self.opening = tokenizer.opening if name in BARE else ""
+        with reading("the chat template"):
+            self.compiled = SANDBOX.from_string(TEMPLATES.get(name, name))
+
+    def render(self, messages, ask=False):
+        """The text of messages; with ask, and of the markup that an answer follows. Raises UserError for messages that
+        the template refuses."""
+        try:
+            return self.opening + self.compiled.render(messages=messages, add_generation_prompt=ask,
+                                                       **self.tokenizer.names)
+        except Exception as error:  # whatever the template's code may raise
+            raise UserError(f"the chat template refuses the conversation: {error}") from error
+
+    def exported(self):
+        """The same as a chat_template of transformers, which spells what this tokenizer puts before a text."""
+        bos = self.tokenizer.names.get("bos_token", "")
+        return ("{{ bos_token }}" + self.opening[len(bos) :]) * bool(self.opening) + TEMPLATES.get(self.name, self.name)
+
+    def answers(self, example):
+        """[Example] of a row, one for each answer that is trained on: its prompt is all before that answer."""
+        said = example.segments
+        return [self.apply(replace(example, segments=said[: i + 1], choices=example.choices if s is said[-1] else None))
+                for i, s in enumerate(said) if s.trained]
 
     def apply(self, example):
-        """An Example of bare segments (system, user, input, assistant) with this template's markup around them. One
-        without a prompt is plain text: no template."""
-        if not any(s.role == "user" for s in example.segments):
-            return example
-        segments, said, opening = [], [], True
-        for segment in example.segments:
-            if segment.role == "assistant":
-                answer = [strip(segment) if self.trim else segment]
-                segments += self.turn(said, opening) + fill(self.answer, answer, trained=True)
-                said, opening = [], False
-            else:
-                said.append(segment)
-        if said:  # a question that waits for its answer
-            segments += self.turn(said, opening)
-        choices = example.choices and [self.answer.replace("{}", choice) for choice in example.choices]
-        return replace(example, segments=segments, choices=choices, end=self.end)
+        """The Example of bare segments (system, user, input, assistant) with markup around them. Trained are its last
+        answer, and the markup behind that up to the first special token, or EOS where there is none. An Example without
+        a question is plain text: no template."""
+        said = example.segments
+        if not any(s.role == "user" for s in said):
+            return replace(example, segments=[Segment(self.tokenizer.opening), *said,
+                                              Segment(self.tokenizer.names["eos_token"], trained=True)])
+        choices = example.choices and {
+            choice: self.segments([*said[:-1], replace(said[-1], text=choice)]) for choice in example.choices}
+        return replace(example, segments=self.segments(said), choices=choices)
 
-    def jinja(self, tokenizer):
-        """The same as a chat_template of transformers, which spells what this tokenizer puts before a text."""
-        def text(form, **pieces):
-            """A form as an expression: its own text quoted, a name in the place of each {}."""
-            parts, names = re.split(rf"({{}}|{BOS}|{EOS})", form), iter(pieces.values())
-            known = {BOS: "bos_token", EOS: "eos_token"}
-            return " + ".join(next(names) if p == "{}" else known.get(p) or json.dumps(p) for p in parts if p) or '""'
-
-        content, trim = "message['content']", " | trim" * bool(self.trim)
-        whole = self.trim == "turn"  # then system text has markup around it, and keeps its spaces
-        bos = self.end is None and tokenizer.encode("")[:1] == [tokenizer.bos_id]
-        start = ("bos_token" if bos else '""') + ' + " "' * bool(bos and tokenizer.lead and not tokenizer.respaced)
-        if self.system:
-            system = text(self.system, system="system", user=content + ".rstrip()" if whole else "said")
+    def segments(self, said):
+        """The segments of bare ones, with markup."""
+        texts, waits = [s.text for s in said], said[-1].role != "assistant"
+        messages = messages_of(said, texts)
+        text = self.render(messages, ask=waits)
+        pieces = self.tell_apart(said, text, waits)
+        if waits:
+            return pieces or [Segment(text)]
+        prompt, last = self.render(messages[:-1], ask=True), self.tokenizer.added
+        if pieces:  # what the markup in front of the answer has more than a prompt belongs to the answer
+            place = max((i for i, s in enumerate(pieces) if s.role == "assistant"), default=0)
+            before, answer = pieces[:place], pieces[place]
+            cut = len(prompt) - len("".join(s.text for s in before[:-1]))
+            if text.startswith(prompt) and 0 <= cut <= len(before[-1].text):
+                markup = before.pop().text
+                before += [Segment(markup[:cut]), Segment(markup[cut:], trained=True)]
+            tail = "".join(s.text for s in pieces[place + 1 :])
+        elif text.startswith(prompt):  # the template rewrites what was said
+            end = last.search(text, len(prompt))
+            before, tail = [Segment(prompt)], text[end.start() :] if end else ""
+            answer = Segment(text[len(prompt) : len(text) - len(tail)], "assistant")
         else:
-            system = text(self.first, user='(system + "\\n\\n" + said)')
-        return (
-            "{% if messages[0]['role'] == 'system' %}"
-            f"{{% set system = messages[0]['content']{trim * (not whole)} %}}{{% set turns = messages[1:] %}}"
-            "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}{{ " + start + " }}"
-            "{% for message in turns %}{% set said = " + content + trim + " %}{% if message['role'] == 'assistant' %}"
-            "{{ " + f"{text(self.reply)} + {text(self.answer, said='said')} + {text(self.end or EOS)}" + " }}"
-            "{% elif loop.first and system %}{{ " + system + " }}"
-            "{% elif loop.first %}{{ " + text(self.first, user="said") + " }}"
-            "{% else %}{{ " + text(self.later, user="said") + " }}{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}{{ " + text(self.reply) + " }}{% endif %}")
+            raise UserError("the chat template rewrites the conversation, and the place of the answer cannot be told")
+        end = last.search(tail)
+        tail = tail[: end.end()] if end else self.tokenizer.names["eos_token"]
+        return [s for s in (*before, replace(answer, trained=True), Segment(tail, trained=True)) if s.text or s.role]
+
+    def tell_apart(self, said, text, waits):
+        """The segments of a rendered text: markup, and what was said, maybe stripped. None where marks in the place of
+        what was said show that the template does more than that."""
+        parts = MARK.split(self.render(messages_of(said, [f"\ue000{i}\ue001" for i in range(len(said))]), ask=waits))
+        pieces, at = [], 0
+        for i, part in enumerate(parts):  # markup, number of a text, markup, ...
+            piece = replace(said[int(part)], trained=False) if i % 2 else Segment(part)
+            forms = (piece.text, piece.text.strip(), piece.text.rstrip(), piece.text.lstrip()) if i % 2 else (part,)
+            after = parts[i + 1] if i % 2 else ""
+            piece.text = next((form for form in forms if text.startswith(form + after, at)), None)
+            if piece.text is None:
+                return None
+            pieces, at = [*pieces, piece], at + len(piece.text)
+        return pieces if at == len(text) else None
 
 
-ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
-ASKED = "### Instruction:\n{}\n\n"
-START, HEAD = "<|im_start|>", "<|start_header_id|>{}<|end_header_id|>\n\n"  # of ChatML, of Llama 3
-LLAMA3 = {role: HEAD.replace("{}", role) for role in ("system", "user", "assistant")}
-# `short`, the built-in suite's, is Alpaca's without its opening sentence.
-TEMPLATES = {
-    "plain": Template("{}", "\n{}", answer=" {}"),
-    "short": Template(ASKED, "\n\n" + ASKED, "### Response:\n"),
-    "alpaca": Template(ALPACA.format("") + "\n\n" + ASKED, "\n\n" + ASKED, "### Response:\n", paired=ALPACA.format(
-        ", paired with an input that provides further context") + "\n\n" + ASKED + "### Input:\n{}\n\n"),
-    "chatml": Template(f"{START}user\n{{}}<|im_end|>\n", f"\n{START}user\n{{}}<|im_end|>\n", f"{START}assistant\n",
-                       system=f"{START}system\n{{}}<|im_end|>\n{START}user\n{{}}<|im_end|>\n", end="<|im_end|>",
-                       tokens=(START, "<|im_end|>"), marks=(START, "<|im_end|>")),
-    "zephyr": Template(f"<|user|>\n{{}}{EOS}\n", f"\n<|user|>\n{{}}{EOS}\n", "<|assistant|>\n",
-                       system=f"<|system|>\n{{}}{EOS}\n<|user|>\n{{}}{EOS}\n", end=EOS, tokens=(EOS,),
-                       marks=("<|user|>", "<|assistant|>", "eos_token")),
-    "llama2": Template(f"{BOS}[INST] {{}} [/INST]", f"{BOS}[INST] {{}} [/INST]", answer=" {} ",
-                       system=f"{BOS}[INST] <<SYS>>\n{{}}\n<</SYS>>\n\n{{}} [/INST]", end=EOS, tokens=(BOS, EOS),
-                       trim="turn", marks=("[INST]", "<<SYS>>", "eos_token")),
-    "llama3": Template(f"{BOS}{LLAMA3['user']}{{}}<|eot_id|>", f"{LLAMA3['user']}{{}}<|eot_id|>", LLAMA3["assistant"],
-                       system=f"{BOS}{LLAMA3['system']}{{}}<|eot_id|>{LLAMA3['user']}{{}}<|eot_id|>", end="<|eot_id|>",
-                       tokens=(BOS, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), trim="said",
-                       marks=("<|start_header_id|>", "<|eot_id|>")),
-}
+def dress(suite, template):
+    """The Suite with a template around its examples; for training each answer of a talk becomes an example."""
+    train = [one for example in suite.train for one in template.answers(example)]
+    if suite.train and not train:
+        raise UserError("no answer is to be trained on: all rows have weight 0, train false or another such mark")
+    return replace(suite, train=train,
+                   validation=[template.apply(example) for example in suite.validation],
+                   tests={task: [template.apply(example) for example in suite.tests[task]] for task in suite.tests})
 
 
-def named(name):
-    """The Template of this name. Raises UserError, listing the names, where there is none."""
-    if not isinstance(name, str) or name not in TEMPLATES:
-        raise UserError(f"there is no template {name!r:.80}; known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+def solved(example):
+    """The text of a row with its answer, as the template plain has it."""
+    said = example.segments
+    return SANDBOX.from_string(TEMPLATES["plain"]).render(
+        messages=messages_of(said, [s.text for s in said]), eos_token="")
 
 
 def choose(asked, tokenizer, folder):
-    """(the name of a Template, where it is from) for a checkpoint: what is asked for, if not "auto"; else what its
-    tokenizer_config.json or its chat_template says, which is recognised by its markup; else plain.
+    """(Template, where it is from) for a checkpoint: the one asked for, by name, file or text; with "auto" that of the
+    checkpoint, else plain. The tokenizer stops at the token that ends its answers from now on.
 
-    The tokenizer stops at the template's end of turn from now on. Raises UserError where it lacks a token.
+    Raises UserError for a name that is none, and for a token that the tokenizer lacks.
     """
-    name, source = asked, "as asked for"
-    if asked == "auto" and tokenizer.template:
-        name, source = tokenizer.template, "named in tokenizer_config.json"
-    elif asked == "auto":
-        text = chat_template(folder)
-        known = (name for name, t in TEMPLATES.items() if t.marks and all(mark in text for mark in t.marks))
-        name = next(known, "plain")
-        source = "recognised in the checkpoint's chat_template" if name != "plain" else (
-            "the checkpoint's chat_template is none that is known here" if text else "the checkpoint names none")
-        if name != "plain" and re.search("You are|Cutting Knowledge|tools|enable_thinking", text):
-            source += "; its additions (a system text, tools) are left out"
-    template = named(name)
-    if absent := [token for token in template.tokens if token not in tokenizer.special]:
-        raise UserError(f"the template {name} needs the token {absent[0]!r}, which the tokenizer of {folder} does not "
-                        f"have: choose another --template ({', '.join(TEMPLATES)})")
-    own = [token for token in template.tokens if token not in (BOS, EOS)]
-    tokenizer.fast.add_special_tokens([AddedToken(token, normalized=False) for token in own])  # in case they are not
-    if template.end:
-        tokenizer.stop_ids.add(tokenizer.special[template.end])
-    return name, source
+    source = "as asked for"
+    if asked == "auto":
+        own = chat_template(folder)
+        asked, source = (own, "the checkpoint's") if own else ("plain", "the checkpoint has none")
+    elif asked not in TEMPLATES and "{" not in asked:
+        if not Path(asked).is_file():
+            raise UserError(f"--template {asked:.80}: expected auto, a file, or one of {', '.join(TEMPLATES)}")
+        with reading(asked):
+            asked = Path(asked).read_text(encoding="utf-8")
+    if absent := [token for token in re.findall(r"<\|\w+\|>", TEMPLATES.get(asked, ""))
+                  if tokenizer.fast.token_to_id(token) is None]:
+        raise UserError(f"the template {asked} needs the token {absent[0]!r}, which the tokenizer of {folder} does not "
+                        "have: choose another --template")
+    spelled = TEMPLATES.get(asked, asked)
+    tokenizer.protect([token.content for token in tokenizer.fast.get_added_tokens_decoder().values()
+                       if token.content in spelled and not token.special])
+    template = Template(asked, tokenizer)
+    end = template.segments([Segment("a", "user"), Segment("b", "assistant")])[-1].text
+    tokenizer.stop_ids.add(tokenizer.fast.token_to_id(tokenizer.added.search(end)[0]))
+    return template, source
 
 
 def chat_template(folder):
@@ -171,8 +218,7 @@ def chat_template(folder):
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
         if isinstance(found, list):  # several by name
-            found = next((part.get("template") for part in found
-                          if isinstance(part, dict) and part.get("name") == "default"), None)
+            found = {part.get("name"): part.get("template") for part in found}.get("default")
         if isinstance(found, str):
             return found
     return ""

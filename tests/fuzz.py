@@ -114,9 +114,10 @@ def run(rng, folder):
 
 def data(rng, folder):
     found = Tokenizer.from_pretrained(folder / "base")
-    suite = formats.load([str(mutate(rng, folder, "*.data"))], template="alpaca")
+    template, _ = formats.choose("alpaca", found, folder / "base")
+    suite = formats.dress(formats.load([str(mutate(rng, folder, "*.data"))]), template)
     for example, encoded in zip(suite.train, encode(suite.train, found, suite.names)):
-        answers = sum(segment.trained and segment.role is not None for segment in example.segments)
+        answers = sum(segment.role == "assistant" for segment in example.segments)
         assert answers and encoded.ids.count(found.eos_id) == answers, "a text became a special token"
 
 

@@ -21,8 +21,8 @@ import torch
 
 import data
 import train
-from base import suite as builtin
 from engine import devices
+from formats import choose
 from model import Llama, LlamaConfig, UserError
 
 torch.set_num_threads(1)  # these models are small, and two spinning threads on a busy core take seconds for a product
@@ -160,9 +160,14 @@ def settled(name):
 @cache
 def builtin_examples():
     """(tokenizer, encoded training examples of two built-in tasks)"""
-    tokenizer = data.Tokenizer.from_pretrained(BASE)
-    suite = builtin.load("currency,cipher", limit=1)
-    return tokenizer, data.encode(suite.train, tokenizer, suite.names)
+    suite, tokenizer, _ = train.load_data(train.Config(method="lora", tasks="currency,cipher", eval_limit=1))
+    return tokenizer, suite.train
+
+
+def with_template(examples, name="short", tokenizer=None, folder=BASE):
+    """Examples with a template around them."""
+    template, _ = choose(name, tokenizer or data.Tokenizer.from_pretrained(folder), folder)
+    return [template.apply(example) for example in examples]
 
 
 def trained_on_builtin(method, method_config, steps=4, dtype=torch.float32, after=None, log=None, keep=None, **changes):

@@ -14,12 +14,12 @@ import tokenizers
 import torch
 
 import data
+import train
 from base import suite as builtin
 from data import Segment
-from formats import TEMPLATES
 from formats.known import example
 from model import Llama
-from tests.helpers import BASE, cli, greedy_without_cache, refused, tokenizer_folder
+from tests.helpers import BASE, cli, greedy_without_cache, refused, tokenizer_folder, with_template
 
 # ---------------------------------------------------------------------------------------------- the tokenizer
 
@@ -91,7 +91,7 @@ def test_broken_tokenizer_files_are_refused_in_one_line(tmp_path):
 def test_splits_share_no_prompt_and_skills_no_operands_and_facts_that_are_tested_were_trained_on(tasks):
     for name, (aspect, _) in tasks.items():
         made = [builtin.generate(name, split) for split in builtin.SPLITS]
-        prompts, answers = ([{e.segments[i].text for e in examples} for examples in made] for i in (1, -1))
+        prompts, answers = ([{e.segments[i].text for e in examples} for examples in made] for i in (0, -1))
         train, validation, test = prompts
         assert not train & validation and not train & test and not validation & test and len(test) >= 200, name
         assert aspect not in ("knowledge", "facts") or answers[2] <= answers[0], name
@@ -112,7 +112,7 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
     results = json.loads((BASE / "pretraining" / "results.json").read_text())
     assert results["versatility"] >= 97 and all(s["group"] == "general" for s in results["tasks"].values())
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
-    suite = data.encode_suite(replace(builtin.load(limit=50), train=[]), tokenizer, 512)
+    suite, _, _ = train.load_data(train.Config(method="lora", eval_limit=50), train=False)
     assert suite.tests.keys() == builtin.TASKS.keys() and all(len(tests) == 50 for tests in suite.tests.values())
     scores = data.evaluate(model, suite, tokenizer)
     mean = lambda tasks: statistics.mean(scores[task]["exact match"] for task in tasks)
@@ -124,10 +124,11 @@ def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
 
 def test_only_the_answer_and_its_eos_are_trained_on():
     tokenizer = data.Tokenizer.from_pretrained(BASE)
-    said = [Segment("Say hi."), Segment("hi", trained=True), Segment("Again."), Segment("hi hi", trained=True)]
-    encoded = data.encode([data.Example("t", said)], tokenizer, ["t"])[0]
+    said = [Segment("Say hi.", "user"), Segment("hi", "assistant"), Segment("Again.", "user"),
+            Segment("hi hi", "assistant")]
+    encoded = data.encode(with_template([data.Example("t", said)]), tokenizer, ["t"])[0]
     trained = [i for i, label in zip(encoded.ids, encoded.labels) if label != -100]
-    assert tokenizer.fast.decode(trained, skip_special_tokens=False) == "hi</s>hi hi</s>"
+    assert tokenizer.fast.decode(trained, skip_special_tokens=False) == "hi hi</s>"
     assert encoded.ids[0] == tokenizer.bos_id and encoded.ids.count(tokenizer.bos_id) == 1
     assert encoded.labels[: encoded.prompt] == [-100] * encoded.prompt and encoded.labels[encoded.prompt] != -100
     text = data.encode([data.Example("t", [Segment("hi", trained=True)])], tokenizer, ["t"])[0]
@@ -164,7 +165,7 @@ def test_exact_match_equals_greedy_decoding():
     """Scoring under teacher forcing gives the verdict of generating and comparing, on right and on wrong answers."""
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     examples = [e for name in ("capital", "add", "count", "cipher") for e in builtin.generate(name, "test")[:25]]
-    encoded = data.encode(examples, tokenizer, list(builtin.TASKS))
+    encoded = data.encode(with_template(examples), tokenizer, list(builtin.TASKS))
     found = [hit for *_, hit in data.answer_scores(model, encoded, tokenizer.pad_id, 16)]
     wanted = [greedy_without_cache(model, e.ids[: e.prompt], len(e.ids) - e.prompt + 3, tokenizer.stop_ids)
               == e.ids[e.prompt : -1] for e in encoded]
@@ -176,20 +177,20 @@ def test_choices_and_losses_are_those_of_a_naive_loop():
     """Each text on its own, no batch, no padding; test_scores.py has such a loop with transformers."""
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
     options = {i: ["ä", "öü" * (i % 3 + 1), "of" * (i % 4 + 1)] for i in range(1, 20)}
-    examples = [TEMPLATES["short"].apply(example((f"Job {i}.", choices[i % 3]), choices=choices))
-                for i, choices in options.items()]
+    examples = with_template([example((f"Job {i}.", choices[i % 3]), choices=choices)
+                              for i, choices in options.items()])
     raw, by_byte, losses = [], [], []
     for e in examples:
-        *said, answer = (segment.text for segment in e.segments)
-        before, sums = tokenizer.encode("".join(said)), []
-        for text in (*e.choices, answer):
+        choices, answer = [*e.choices], e.gold
+        before, sums = tokenizer.encode("".join(s.text for s in e.segments if not s.trained).removeprefix("<s>")), []
+        for text in (*choices, answer):
             ids = tokenizer.encode(text, start=False) + [tokenizer.eos_id]
             chances = model(torch.tensor([before + ids]))[0, len(before) - 1 : -1].log_softmax(-1)[range(len(ids)), ids]
             sums.append(chances[:-1].sum().item())
         losses += (-chances).tolist()
-        rates = [s / len(c.strip().encode()) for s, c in zip(sums, e.choices)]
-        raw.append(e.choices[sums.index(max(sums[:3]))] == answer)
-        by_byte.append(e.choices[rates.index(max(rates))] == answer)
+        rates = [s / len(c.strip().encode()) for s, c in zip(sums, choices)]
+        raw.append(choices[sums.index(max(sums[:3]))] == answer)
+        by_byte.append(choices[rates.index(max(rates))] == answer)
     encoded, loss = data.encode(examples, tokenizer, [""]), statistics.mean(losses)
     got = data.choice.function(model, encoded, tokenizer, 16, 0)
     assert got == {"choice": data.percent(raw), "choice, by byte": data.percent(by_byte)}

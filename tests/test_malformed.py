@@ -34,6 +34,15 @@ def test_a_wrong_config_json_is_one_line_that_names_the_key(tmp_path, key, value
     refused(Llama.from_pretrained, tmp_path, words)
 
 
+def test_mistrals_length_is_its_own_where_config_json_names_none(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": None}
+    del raw["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = Llama.from_pretrained(tmp_path).config.max_position_embeddings
+    assert found == pytest.importorskip("transformers").MistralConfig().max_position_embeddings == 131072
+
+
 @pytest.mark.parametrize("place", ["../other.safetensors", "/etc/hostname", "a/b.safetensors", ""])
 def test_an_index_names_files_of_its_own_folder_only(tmp_path, place):
     tiny().save_pretrained(tmp_path)
@@ -46,6 +55,7 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path, place):
     ("tokenizer_config", {"eos_token": 3}, "config"), ("tokenizer_config", {"eos_token": ["x"]}, "config"),
     ("tokenizer_config", {"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
     ("tokenizer_config", {"bos_token": "<go>", "eos_token": "</s>"}, "bos_token '<go>' is not in the vocabulary"),
+    ("config", {"vocab_size": 600, "eos_token_id": 550}, "eos_token_id is 550, expected the id of a token"),
     ("generation_config", {"eos_token_id": 512}, "512"), ("generation_config", {"eos_token_id": [2, -1]}, ""),
     ("generation_config", {"eos_token_id": "2"}, ""), ("generation_config", {"eos_token_id": [[2]]}, "")])
 def test_a_wrong_value_in_a_tokenizers_settings_is_named(tmp_path, name, content, words):

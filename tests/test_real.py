@@ -11,14 +11,15 @@ import torch
 import data
 import formats
 import train
-from formats import TEMPLATES
+from data import Segment
 from formats.known import example, final_number
 from model import Llama
-from tests.helpers import REAL, TINY, cli, here, needs_real, number_by_hand, random_ids, their_logits
+from tests.helpers import (
+    BASE, REAL, TINY, cli, here, needs_real, number_by_hand, random_ids, their_logits, with_template, written)
 
 pytestmark = needs_real
 KINDS = {"arc_easy": "choices", "openbookqa": "choices", "BoolQ": "boolq", "RTE": "rte", "WiC": "wic", "CB": "cb",
-         "gsm8k": "gsm8k"}
+         "gsm8k": "gsm8k", "piqa": "piqa"}
 
 
 # A real checkpoint, in whose file only the head of the tied pair is, and a tokenizer without a pre-tokenizer.
@@ -44,7 +45,8 @@ def test_a_real_tokenizer_gives_the_ids_of_its_files_and_no_space_between_prompt
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 0, {2})
     spelled = lambda ids: "".join(tokenizer.fast.id_to_token(i) for i in ids)
     for prompt, answer in (("Once upon", " a time there was"), ("She said", ', "Hello!"'), ("Tom", "'s dog ran.")):
-        apart = tokenizer.encode(prompt) + tokenizer.encode(answer, start=False)
+        said = Segment(tokenizer.opening), Segment(prompt, "user"), Segment(answer, "assistant", trained=True)
+        apart = tokenizer.encode_segments(said)[0]
         assert spelled(apart) == spelled(tokenizer.encode(prompt + answer))
         assert spelled(tokenizer.encode(prompt) + tokenizer.fast.encode(answer).ids[1:]) != spelled(apart)
 
@@ -57,7 +59,7 @@ def test_every_real_file_is_recognised_with_all_its_rows():
     for path in REAL.glob("mmlu/*/*.csv"):
         with open(path, newline="") as f:
             wanted[path] = "mmlu", sum(1 for _ in csv.DictReader(f))
-    assert len(wanted) == 24 and {kind for kind, _ in wanted.values()} == {"alpaca", "mmlu", *KINDS.values()}
+    assert len(wanted) == 25 and {kind for kind, _ in wanted.values()} == {"alpaca", "mmlu", *KINDS.values()}
     text = cli("-m", "tools.show", "--base", TINY, *wanted).stdout
     for path, (kind, rows) in wanted.items():
         assert f"{rows:,} records of format {kind} in {path}, scored by" in text
@@ -71,6 +73,43 @@ def test_the_final_numbers_of_real_answers():
     assert len(answers) == 1319
     assert all(final_number(a) == number_by_hand(a) != None for a in answers)  # noqa: E711
     assert all(float(final_number(a)) == float(a.split("####")[1].replace(",", "")) for a in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [("piqa/validation", "piqa"), ("arc_easy/test", "choices"),
+                                        ("openbookqa/test", "choices")])
+@torch.no_grad()
+def test_published_choices_are_ranked_as_a_naive_loop_does(tmp_path, name, kind):
+    """Row by row, by text, by byte and by letter, with transformers, from the published fields."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    tokens = lambda text: fast(text).input_ids
+    model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
+    fast = transformers.AutoTokenizer.from_pretrained(BASE)
+    records = [json.loads(line) for line in (REAL / f"{name}.jsonl").read_text().splitlines()[:20]]
+    file = str(written(tmp_path / "a.jsonl", records))
+    for choices in ("text", "letter"):
+        found, rows = formats.read_files([file], choices)["a"]
+        encoded = data.encode(with_template(rows, "plain", tokenizer), tokenizer, ["a"])
+        assert found == kind and len(encoded) == 20
+        for record, e in zip(records, encoded):
+            asked = record.get("goal") or record.get("question") or record["question_stem"]
+            texts = [record["sol1"], record["sol2"]] if kind == "piqa" else record["choices"]["text"]
+            right = record["label"] if kind == "piqa" else record["choices"]["label"].index(record["answerKey"])
+            prompt = f"Question: {asked}\nAnswer:"
+            if choices == "letter":
+                listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDE", texts))
+                prompt, texts = f"{asked}\n{listed}\nAnswer:", list("ABCDE"[: len(texts)])
+            sums, start = [], len(tokens(prompt))
+            for text in texts:
+                ids = torch.tensor([tokens(f"{prompt} {text}")])
+                chances = theirs(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                sums.append(chances[start - 1 :].sum().item())
+            rates = [s / len(text.encode()) for s, text in zip(sums, texts)]
+            ours = [s for s, *_ in data.answer_scores(model, e.choices, tokenizer.pad_id, 3)]
+            assert ours == pytest.approx(sums, rel=1e-4)
+            got = data.choice.function(model, [e], tokenizer, 2, 0)
+            assert list(got.values()) == [100.0 * (v.index(max(v)) == right) for v in (sums, rates)]
 
 
 @pytest.mark.slow
@@ -124,6 +163,6 @@ def test_model_outputs_are_alpaca_evals(tmp_path):
     assert len(outputs) == 805 and {tuple(o) for o in outputs} == {("dataset", "instruction", "output", "generator")}
     assert {o["generator"] for o in outputs} == {"tiny"} and len({o["output"] for o in outputs}) > 100
     tokenizer, model = data.Tokenizer.from_pretrained(TINY), Llama.from_pretrained(TINY)
-    asked = TEMPLATES["alpaca"].apply(example((wanted[3]["instruction"], ""))).segments[:-1]
-    prompt = tokenizer.encode("".join(s.text for s in asked))
+    one, = with_template([example((wanted[3]["instruction"], ""))], "alpaca", tokenizer, TINY)
+    prompt = tokenizer.encode_segments([s for s in one.segments if not s.trained])[0]
     assert outputs[3]["output"] == tokenizer.decode(model.generate([prompt], 6, tokenizer.stop_ids)[0]).strip()

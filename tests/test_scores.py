@@ -12,7 +12,7 @@ from formats.known import FORMATS, final_number, generated
 from model import Llama
 from tests.helpers import BASE, written
 
-SUMS = [(a, b) for a, b in zip(range(11, 24), range(41, 80, 3))]
+SUMS = [(a, b) for a, b in zip(range(9, 24), range(35, 80, 3))]
 KINDS = {
     "pair": [{"prompt": f"What is {a} + {b}?", "completion": str(a + b + a % 2)} for a, b in SUMS],
     "alpaca": [{"instruction": "Reverse:", "input": f"{a} {b}", "output": f"{b} {a}" * (a % 3 + 1)} for a, b in SUMS],
@@ -26,7 +26,8 @@ def naive(theirs, tokenizer, kind, examples):
     """The figures of examples, each prompt and answer on its own, by transformers; and what is generated."""
     said, hits, total, count = [], [], 0.0, 0
     for e in examples:
-        before, answer = tokenizer.encode("".join(s.text for s in e.segments[:-1])), e.segments[-1].text
+        before = tokenizer.encode("".join(s.text for s in e.segments if not s.trained).removeprefix("<s>"))
+        answer = e.gold
 
         def chances(text, before=before, end=()):
             """[(log-probability, whether it was the arg-max)] of each token of a text behind the prompt."""
@@ -37,7 +38,7 @@ def naive(theirs, tokenizer, kind, examples):
 
         if kind == "choices":
             sums = [sum(chance for chance, _ in chances(choice)) for choice in e.choices]
-            hits.append(e.choices[sums.index(max(sums))] == answer)
+            hits.append(list(e.choices)[sums.index(max(sums))] == answer)
         elif kind in ("pair", "alpaca"):
             found = chances(answer, end=[tokenizer.eos_id])
             hits.append(all(right for _, right in found))
@@ -56,11 +57,14 @@ def test_scores_are_those_of_a_naive_loop_in_batches_of_any_size(tmp_path, shots
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)
-    files = [str(written(tmp_path / f"{kind}.json", rows)) for kind, rows in KINDS.items()]
-    suite = formats.load(files, files, shot_files=files if shots else (), shots=shots, template="short")
+    (tmp_path / "shown").mkdir()
+    shown = [str(written(tmp_path / "shown" / f"{kind}.json", rows[:2])) for kind, rows in KINDS.items()]
+    files = [str(written(tmp_path / f"{kind}.json", rows[2:])) for kind, rows in KINDS.items()]
+    suite = formats.load([], files, shot_files=shown if shots else (), shots=shots)
+    suite = formats.dress(suite, formats.choose("short", tokenizer, BASE)[0])
     spread = set()
     for kind, examples in suite.tests.items():
-        assert len(examples) == len(SUMS) and suite.score[kind] is FORMATS[kind].score
+        assert len(examples) == len(SUMS) - 2 and suite.score[kind] is FORMATS[kind].score
         wanted, said = naive(theirs, tokenizer, kind, examples)
         encoded = data.encode(examples, tokenizer, suite.names)
         for size in (1, 7, 48):
@@ -69,6 +73,39 @@ def test_scores_are_those_of_a_naive_loop_in_batches_of_any_size(tmp_path, shots
             assert not said or generated(model, encoded, tokenizer, size, 8) == said, (kind, size)
         spread.add(wanted)
     assert shots or len(spread) >= 4, "all alike: the test shows nothing"
+
+
+class Sevens:
+    """A model that only says 7."""
+
+    config, device = Llama.from_pretrained(BASE).config, torch.device("cpu")
+
+    def labelled_logits(self, ids, labels, ctx):
+        targets = labels.flatten()[ctx.labelled]
+        seven = data.Tokenizer.from_pretrained(BASE).encode("7", start=False)[-1]
+        return torch.eye(512)[seven].expand(len(targets), -1) * 9, targets
+
+
+def test_what_was_cut_never_counts_as_a_match(tmp_path):
+    tokenizer = data.Tokenizer.from_pretrained(BASE)
+    pair = {"prompt": "Q", "completion": "7" * 40 + "9"}
+    quiz = {"question": "Q", "choices": ["7" * 40 + "9", "9" * 41], "answer": 0}
+    files = [str(written(tmp_path / name, [row])) for name, row in (("pair.json", pair), ("quiz.json", quiz))]
+    dressed = formats.dress(formats.load([], files), formats.choose("plain", tokenizer, BASE)[0])
+    for longest, choice in ((20, 0.0), (512, 100.0)):
+        suite = data.encode_suite(dressed, tokenizer, longest)
+        assert all(e.cut == (longest == 20) for rows in suite.tests.values() for e in rows)
+        found = {task: list(suite.score[task].function(Sevens(), rows, tokenizer, 4, 8).values())
+                 for task, rows in suite.tests.items()}
+        assert found == {"pair": [0.0], "quiz": [choice] * 2}, "40 of its 42 tokens are 7"
+
+
+def test_only_the_prompt_of_a_generated_answer_has_to_fit(tmp_path):
+    tokenizer, question = data.Tokenizer.from_pretrained(BASE), "The key is 4. " + "x y " * 92
+    file = str(written(tmp_path / "a.json", [{"question": question, "answer": "so " * 300 + "#### 4"}]))
+    dressed = formats.dress(formats.load([], [file]), formats.choose("plain", tokenizer, BASE)[0])
+    one, = data.encode_suite(dressed, tokenizer, 200).tests["a"]
+    assert 180 < one.prompt == len(one.ids) <= 200 and tokenizer.decode(one.ids) == question and not one.cut
 
 
 def test_the_room_for_an_answer_is_the_prompts_own(capsys):

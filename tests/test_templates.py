@@ -1,5 +1,5 @@
-"""Prompt templates: the ids that transformers' apply_chat_template gives, special tokens from markup alone, and which
-template a checkpoint says."""
+"""Prompt templates: the ids that transformers' apply_chat_template gives, by the checkpoint's own template; special
+tokens from markup alone; what is trained on; and which template a checkpoint has."""
 
 import json
 import shutil
@@ -8,42 +8,107 @@ import pytest
 import tokenizers
 
 import data
-from formats import TEMPLATES, choose, named
-from formats.known import conversation, example
+from data import Example, Segment
+from formats import TEMPLATES, choose
+from formats.known import example
 from model import UserError
-from tests.helpers import BASE, REAL, TINY, here, needs_real, tokenizer_folder
+from tests.helpers import BASE, REAL, TINY, here, tokenizer_folder
 
-# As published with Llama 2 Chat, Llama 3 Instruct, Zephyr and TinyLlama Chat, SmolLM Instruct.
+# As published with ChatML, SmolLM2 Instruct, Hermes on Llama 3, Zephyr, Tulu, Llama 2 Chat, Llama 3 Instruct, Mistral
+# Instruct v0.1 and Phi-3; like those of Llama 3.1, Mistral v0.3, Gemma and a reasoning model; and one without tokens.
 PUBLISHED = {
-    "llama2": "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
-              "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}"
-              "{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0)"
-              " %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
-              "{% endif %}{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + "
-              "system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = "
-              "message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
-              "content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' "
-              "+ eos_token }}{% endif %}{% endfor %}",
-    "llama3": "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
-              "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
-              "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-              "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-              "{% endif %}",
-    "zephyr": "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] "
-              "+ eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + "
-              "eos_token }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + "
-              "eos_token }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n"
-              "{% endif %}\n{% endfor %}",
-    "chatml": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
-              "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-              "{% endif %}",
+    "chatml":
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_e"
+        "nd|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "smollm2":
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>"
+        "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %"
+        "}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% "
+        "if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "hermes-llama3":
+        "{{bos_token}}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['conten"
+        "t'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%"
+        ' endif %}',
+    "zephyr":
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content']"
+        " + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_t"
+        "oken }}\n{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_to"
+        "ken }}\n{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{%"
+        ' endfor %}',
+    "tulu":
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content"
+        "'] + '\n' }}{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% elif m"
+        "essage['role'] == 'assistant' %}{% if not loop.last %}{{ '<|assistant|>\n'  + message['content'] + eo"
+        "s_token + '\n' }}{% else %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}{% endi"
+        "f %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
+    "llama2":
+        "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message "
+        "= messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false"
+        " %}{% endif %}{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % "
+        "2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') "
+        "}}{% endif %}{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\\n' + sys"
+        "tem_message + '\\n<</SYS>>\\n\\n' + message['content'] %}{% else %}{% set content = message['content'] "
+        "%}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST"
+        "]' }}{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif"
+        ' %}{% endfor %}',
+    "llama3":
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header"
+        "_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if l"
+        'oop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if a'
+        "dd_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "llama3.1-like":
+        '{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = "26 Jul 2024" %}\n{%-'
+        " endif %}\n{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['conten"
+        't\']|trim %}\n    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system_message = "" %}\n{%'
+        '- endif %}\n{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}\n{{- "Cutting Knowledge Date: Dece'
+        'mber 2023\\n" }}\n{{- "Today Date: " + date_string + "\\n\\n" }}\n{{- system_message }}\n{{- "<|eot_id|>" '
+        "}}\n{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id"
+        "|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n{%- if add_generation_prompt %}\n "
+        "   {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}\n{%- endif %}",
+    "mistral-v0.1":
+        "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 =="
+        " 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%"
+        " endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif "
+        "message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}{% else %}{{ raise_except"
+        "ion('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
+    "mistral-v0.3-like":
+        '{%- if messages[0]["role"] == "system" %}\n    {%- set system_message = messages[0]["content"] %}\n   '
+        ' {%- set loop_messages = messages[1:] %}\n{%- else %}\n    {%- set loop_messages = messages %}\n{%- end'
+        'if %}\n{{- bos_token }}\n{%- for message in loop_messages %}\n    {%- if message["role"] == "user" %}\n '
+        '       {%- if loop.last and system_message is defined %}\n            {{- "[INST] " + system_message '
+        '+ "\\n\\n" + message["content"] + "[/INST]" }}\n        {%- else %}\n            {{- "[INST] " + message'
+        '["content"] + "[/INST]" }}\n        {%- endif %}\n    {%- elif message["role"] == "assistant" %}\n     '
+        '   {{- " " + message["content"]|trim + eos_token}}\n    {%- endif %}\n{%- endfor %}',
+    "phi3":
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'"
+        "] + '<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}"
+        "}{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% e"
+        "ndif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% e"
+        'ndif %}',
+    "gemma-like":
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported"
+        "') }}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 ="
+        "= 0) %}{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{"
+        "% endif %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}{% set role = m"
+        "essage['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of"
+        "_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}",
+    "deepseek-think":
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + messag"
+        "e['content'] }}{% elif message['role'] == 'assistant' %}{% set content = message['content'] %}{% if "
+        "'</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<|assistant|"
+        ">' + content + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }"
+        '}{% endif %}',
+    "no-specials":
+        "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}{% endf"
+        "or %}{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}",
 }
 SYSTEM = [{"role": "system", "content": "Be  brief."}]
 ONE = [{"role": "user", "content": "What is 2 + 2?\n\n  It's late."}, {"role": "assistant", "content": "4, I say."}]
-TWO = [{"role": "user", "content": "Und 北京?"}, {"role": "assistant", "content": "élan"}]
-TALKS = [ONE, SYSTEM + ONE, ONE + TWO, SYSTEM + ONE + TWO + ONE]
-SPACED = [{"role": "user", "content": "\n Hi  "}, {"role": "assistant", "content": "  Ho\n"}]  # for those that trim
-SPACED_SYSTEM = [{"role": "system", "content": " \nBe brief.  "}] + SPACED + SPACED
+TWO = [{"role": "user", "content": "Und 北京?"}, {"role": "assistant", "content": "élan {{ x }}"}]
+SPACED = [{"role": "user", "content": "\n Hi  "}, {"role": "assistant", "content": "  Ho\n"}]
+THINK = [{"role": "user", "content": "think?"}, {"role": "assistant", "content": "<think>hm</think>yes"}]
+TALKS = [ONE, SYSTEM + ONE, ONE + TWO, SYSTEM + ONE + TWO + ONE, SPACED, THINK, THINK + ONE,
+         [{"role": "system", "content": " \nBe brief.  "}] + SPACED + ONE + SPACED]
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +136,10 @@ def folders(tmp_path_factory):
                 tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
             fast.post_processor = tokenizers.processors.TemplateProcessing(
                 single="<s> $A", special_tokens=[("<s>", fast.token_to_id("<s>"))])
-        fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in (
-            "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")])
+        fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False, rstrip=name == "<|end|>",
+                                                       lstrip=name == "<end_of_turn>") for name in (
+            "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>",
+            "<|user|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>")])
         found[kind] = folder / kind
         found[kind].mkdir()
         fast.save(str(found[kind] / "tokenizer.json"))
@@ -81,81 +148,93 @@ def folders(tmp_path_factory):
     return found | ({"real": TINY} if REAL.is_dir() else {})
 
 
-def ours(folder, name, talk):
-    """Encoded messages."""
+def bare(talk):
+    said = [Segment(m["content"], m["role"], m["role"] == "assistant") for m in talk]
+    return Example("", said, gold=talk[-1]["content"])
+
+
+def tokenized(folder, name, talk):
+    """(ids, labels, tokens of the prompt, the Tokenizer) of a talk by a template."""
     tokenizer = data.Tokenizer.from_pretrained(folder)
-    choose(name, tokenizer, folder)
-    return data.encode([named(name).apply(conversation(talk, "messages"))], tokenizer, [""])[0]
+    template, _ = choose(name, tokenizer, folder)
+    return *tokenizer.encode_segments(template.apply(bare(talk)).segments), tokenizer
 
 
-@pytest.mark.parametrize("kind", ["bytes", "prepend", "first"])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_give_the_ids_of_transformers(folders, kind, name):
-    """Whole conversations, and their prompts, by the published template and by the one that is exported."""
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "first", "real"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *TEMPLATES])
+def test_ids_are_those_of_transformers(folders, kind, name):
+    """Of each answer of each talk, of its prompt, and of a question that waits for an answer. What follows the end of
+    the last answer, such as a line break, is left out; where nothing ends it, EOS is put there."""
     transformers = pytest.importorskip("transformers")
+    if kind not in folders or kind == "real" and name in ("chatml", "llama3") and name in TEMPLATES:
+        pytest.skip("no such tokenizer here, or it lacks the tokens")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders[kind])
     tokenizer = data.Tokenizer.from_pretrained(folders[kind])
-    exported = named(name).jinja(tokenizer)
-    for talk in TALKS + [SPACED, SPACED_SYSTEM] * bool(TEMPLATES[name].trim or kind == "bytes" and name != "plain"):
-        found = ours(folders[kind], name, talk)
-        for text in {exported, PUBLISHED.get(name, exported)}:
-            render = lambda said, text=text, **more: theirs.apply_chat_template(
-                said, chat_template=text, tokenize=True, return_dict=False, **more)
-            wanted = render(talk)
-            if text != exported and name in ("chatml", "zephyr"):  # a line break that nothing follows
-                assert theirs.decode(wanted).endswith("\n") and wanted[: len(found.ids)] == found.ids, (talk, name)
-                assert len(wanted) - len(found.ids) <= 2
-            else:
-                assert found.ids == wanted, (talk, theirs.decode(wanted), theirs.decode(found.ids))
-            question = ours(folders[kind], name, talk[:2] if talk[0]["role"] == "user" else talk[:3])
-            before = [m for m in talk[:2] if m["role"] != "assistant"]
-            assert question.ids[: question.prompt] == render(before, add_generation_prompt=True), (talk, name)
+    template, _ = choose(PUBLISHED.get(name, name), tokenizer, folders[kind])
+    ids_of = lambda talk: tokenizer.encode_segments(template.apply(bare(talk)).segments)
+    render = lambda talk, **more: theirs.apply_chat_template(
+        talk, chat_template=template.exported(), tokenize=True, return_dict=False, **more)
+    for talk in TALKS:
+        for end in [i + 1 for i, message in enumerate(talk) if message["role"] == "assistant"]:
+            try:
+                wanted = render(talk[:end])
+            except Exception:  # the template has no system text
+                with pytest.raises(UserError, match="the chat template refuses the conversation"):
+                    ids_of(talk[:end])
+                continue
+            ids, labels, prompt = ids_of(talk[:end])
+            shown = ids[:-1] if name == "no-specials" else ids
+            assert wanted[: len(shown)] == shown, (talk[:end], theirs.decode(wanted), theirs.decode(ids))
+            assert len(wanted) - len(shown) <= 2 and labels == [-100] * prompt + ids[prompt:]
+            asked = render(talk[: end - 1], add_generation_prompt=True)
+            assert ids_of(talk[: end - 1])[0] == asked
+            if name != "mistral-v0.3-like":  # its system text moves with the last question
+                assert ids[:prompt] == asked, (talk[:end], theirs.decode(asked), theirs.decode(ids[:prompt]))
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("chatml", "4, I say.<|im_end|>"), ("smollm2", "4, I say.<|im_end|>"), ("llama2", " 4, I say. </s>"),
+    ("llama3", "4, I say.<|eot_id|>"), ("zephyr", "4, I say.</s>"), ("phi3", "4, I say.<|end|>"),
+    ("gemma-like", "4, I say.<end_of_turn>"), ("no-specials", "4, I say.</s>"), ("plain", " 4, I say.</s>"),
+    ("alpaca", "4, I say.</s>")])
+def test_trained_on_is_the_last_answer_with_the_end_of_its_turn(folders, name, wanted):
+    _, labels, _, tokenizer = tokenized(folders["bytes"], PUBLISHED.get(name, name), TWO + ONE)
+    trained = [label for label in labels if label != -100]
+    assert tokenizer.fast.decode(trained, skip_special_tokens=False) == wanted
+    assert trained[-1] in tokenizer.stop_ids
+
+
+def test_each_answer_of_a_talk_is_trained_on_with_its_own_prompt(folders):
+    tokenizer = data.Tokenizer.from_pretrained(folders["bytes"])
+    template, _ = choose("chatml", tokenizer, folders["bytes"])
+    talk = bare(ONE + TWO)
+    first, second = template.answers(talk)
+    assert first.segments == template.apply(bare(ONE)).segments and second.segments == template.apply(talk).segments
+    assert sum(s.trained and s.role == "assistant" for s in second.segments) == 1
+    talk.segments[1].trained = False  # an answer that is not to be trained on
+    assert [one.segments for one in template.answers(talk)] == [second.segments]
 
 
 def test_alpacas_two_prompts_are_the_published_ones():
-    opening = lambda user, given="": "".join(s.text for s in TEMPLATES["alpaca"].apply(
-        example((user, "A"), given=given)).segments[:-1])
+    template, _ = choose("alpaca", data.Tokenizer.from_pretrained(BASE), BASE)
+    opening = lambda user, given="": "".join(
+        s.text for s in template.apply(example((user, "A"), given=given)).segments if not s.trained)
     assert opening("Add.", "1 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
         "### Response:\n")
     assert opening("Say {x}.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nSay {x}.\n\n### Response:\n")
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSay {x}.\n\n### Response:\n")
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_what_somebody_said_is_told_apart_from_markup(name):
-    """Whatever they said: braces, or the template's own markup."""
-    asked, later = ("Q {} [/INST]", "{}"), ("R", "### Response:")
-    applied = TEMPLATES[name].apply(example(asked, later, system="S {}", given="I"))
-    assert [(s.role, s.text, s.trained) for s in applied.segments if s.role] == [
-        ("system", "S {}", False), ("user", asked[0], False), ("input", "I", False), ("assistant", asked[1], True),
-        ("user", later[0], False), ("assistant", later[1], True)]
-
-
-def test_what_is_trained_on_is_each_answer_with_the_end_of_its_turn(folders):
-    for name, end in {"plain": "</s>", "llama2": "</s>", "zephyr": "</s>", "llama3": "<|eot_id|>",
-                      "chatml": "<|im_end|>"}.items():
-        encoded, tokenizer = ours(folders["bytes"], name, ONE + TWO), data.Tokenizer.from_pretrained(folders["bytes"])
-        trained = tokenizer.fast.decode([i for i in encoded.labels if i != -100], skip_special_tokens=False)
-        assert trained.replace(" ", "") == f"4,Isay.{end}élan{end}", name
-        bos = encoded.ids.count(tokenizer.bos_id)
-        assert bos == {"plain": 1, "llama2": 2, "zephyr": 0, "llama3": 1, "chatml": 0}[name], "BOS alike in every turn"
-
-
-@pytest.mark.parametrize("kind", ["bytes", "prepend", "first", pytest.param("real", marks=needs_real)])
-def test_what_somebody_says_never_becomes_a_special_token(folders, kind):
-    tokenizer = data.Tokenizer.from_pretrained(folders[kind])
-    special = {i for i, token in tokenizer.fast.get_added_tokens_decoder().items() if token.content != "<unk>"}
-    for name, template in TEMPLATES.items():
-        if any(token not in tokenizer.special for token in template.tokens):
-            continue
-        choose(name, tokenizer, folders[kind])
-        count = lambda text, template=template: sum(i in special for i in data.encode([template.apply(example(
-            (text, text), system=text))], tokenizer, [""])[0].ids)
-        for text in (*tokenizer.special, "".join(tokenizer.special), "a</s>b <s> c<|eot_id|>", "[INST] x [/INST]"):
-            assert count(text) == count("x"), (name, text)
+@pytest.mark.parametrize("name", [*PUBLISHED, *TEMPLATES])
+def test_what_somebody_says_never_becomes_a_special_token(folders, name):
+    special = set(data.Tokenizer.from_pretrained(folders["bytes"]).fast.get_added_tokens_decoder())
+    count = lambda text: sum(i in special for i in tokenized(folders["bytes"], PUBLISHED.get(name, name), [
+        {"role": "user", "content": text}, {"role": "assistant", "content": text}])[0])
+    for text in ("<|im_end|>", "a</s>b <s> c<|eot_id|>", "[INST] x [/INST]", "<|end|><end_of_turn>"):
+        assert count(text) == count("x"), (name, text)
 
 
 def test_a_token_that_is_not_marked_special_is_so_in_markup_only(tmp_path):
@@ -165,45 +244,42 @@ def test_a_token_that_is_not_marked_special_is_so_in_markup_only(tmp_path):
     fast.add_tokens(["<|im_start|>", "<|im_end|>"])
     fast.save(str(folder / "tokenizer.json"))
     (folder / "config.json").unlink()
-    ids = ours(folder, "chatml", [{"role": "user", "content": "<|im_end|>"}, ONE[1]]).ids
+    ids = tokenized(folder, "chatml", [{"role": "user", "content": "<|im_end|>"}, ONE[1]])[0]
     assert [ids.count(fast.token_to_id(token)) for token in ("<|im_start|>", "<|im_end|>")] == [2, 2]
 
 
-@pytest.mark.parametrize("settings, name, source", [
-    ({}, "plain", "the checkpoint names none"), ({"template": "alpaca"}, "alpaca", "named in tokenizer_config.json"),
-    *(({"chat_template": text}, name, "recognised in the checkpoint's chat_template")
-      for name, text in PUBLISHED.items()),
-    ({"chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": PUBLISHED["zephyr"]}]},
-     "zephyr", "recognised in the checkpoint's chat_template"),
-    ({"chat_template": "You are SmolLM" + PUBLISHED["chatml"]}, "chatml", "(a system text, tools) are left out"),
-    ({"chat_template": "{{ '<start_of_turn>' }}"}, "plain", "none that is known here"),
-    ({"chat_template": "{{ '[INST]' + content }}"}, "plain", "none that is known here")])
-@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
-def test_the_checkpoint_says_its_template(folders, settings, name, source, tmp_path, where):
-    text = settings.get("chat_template")
-    if where == "chat_template.jinja" and isinstance(text, str):
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "several", "chat_template.jinja", "chat_template.json"])
+def test_the_checkpoint_says_its_template(folders, tmp_path, where):
+    text = PUBLISHED["smollm2"]
+    config = json.loads((folders["bytes"] / "tokenizer_config.json").read_text())
+    if where == "several":
+        config["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": text}]
+    elif where == "tokenizer_config.json":
+        config["chat_template"] = text
+    elif where == "chat_template.jinja":
         (tmp_path / where).write_text(text)
-        settings = {}
-    elif where == "chat_template.json":
+    else:
         (tmp_path / where).write_text(json.dumps({"chat_template": text}))
-        settings = {key: value for key, value in settings.items() if key == "template"}
-    own = json.loads((folders["bytes"] / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, **settings}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     shutil.copy(folders["bytes"] / "tokenizer.json", tmp_path)
-    tokenizer = data.Tokenizer.from_pretrained(tmp_path)
-    found = choose("auto", tokenizer, tmp_path)
-    assert found[0] == name and source in found[1], found
-    assert choose("short", tokenizer, tmp_path) == ("short", "as asked for")
-    assert not TEMPLATES[name].end or tokenizer.special[TEMPLATES[name].end] in tokenizer.stop_ids
+    template, source = choose("auto", data.Tokenizer.from_pretrained(tmp_path), tmp_path)
+    assert template.name == text and source == "the checkpoint's"
+    file = tmp_path / "mine.jinja"
+    file.write_text(PUBLISHED["zephyr"])
+    assert choose(str(file), data.Tokenizer.from_pretrained(tmp_path), tmp_path)[0].name == PUBLISHED["zephyr"]
+    assert choose("auto", data.Tokenizer.from_pretrained(folders["bytes"]), folders["bytes"])[0].name == "plain"
 
 
-def test_a_template_whose_tokens_are_absent_is_refused(tmp_path):
-    tokenizer = data.Tokenizer.from_pretrained(BASE)
-    for name, token in (("chatml", "<|im_start|>"), ("llama3", "<|start_header_id|>")):
-        with pytest.raises(UserError, match=rf"template {name} needs the token '{token[:2]}.*another --template"):
-            choose(name, tokenizer, BASE)
-    folder = tokenizer_folder(tmp_path / "x", None, tokenizer_config={"eos_token": "</s>"})
-    with pytest.raises(UserError, match="template llama2 needs the token '<bos>'"):
-        choose("llama2", data.Tokenizer.from_pretrained(folder), folder)
+@pytest.mark.parametrize("asked, words", [
+    ("chatml", "needs the token '<|im_start|>'"), ("chatty", "expected auto, a file, or one of plain"),
+    ("{% if %}", "the chat template cannot be read"), ("{{ messages[9].content + 'x' }}", "refuses the conversation")])
+def test_templates_that_do_not_work_are_one_line(asked, words):
+    with pytest.raises(UserError) as error:
+        choose(asked, data.Tokenizer.from_pretrained(BASE), BASE)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_base_has_the_template_that_it_was_trained_with(tmp_path):
     (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}]')
-    assert "template short: named in tokenizer_config.json" in here("-m", "tools.show", tmp_path / "a.json").stdout
+    assert "###  Instruction : \\n a \\n \\n ###  Response : \\n [b] [</s>]" in here(
+        "-m", "tools.show", tmp_path / "a.json").stdout

@@ -247,7 +247,7 @@ def test_a_run_that_cannot_be_loaded_says_why(runs, tmp_path, monkeypatch):
     for old, new, match in (('"method": "multilora"', '"method": "gone"', "unknown method 'gone'"),
                             ('"rank": 4', '"rank": 2', "made with other settings"),
                             ('"base": "base"', '"base": "nowhere"', "trained on the base nowhere, which is not here"),
-                            ('"model.safetensors": "', '"model.safetensors": "0', "trained on other weights than base"),
+                            ('"model.safetensors": "', '"model.safetensors": "0', "trained on another base than base"),
                             ('"modules": ', '"colour": ', r"config\.json.*colour"), ("{", "[", r"config\.json")):
         assert old in config
         (run / "config.json").write_text(config.replace(old, new))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from data import Example, Segment, Tokenizer, encode, in_batches
+from data import Example, Segment, Tokenizer, in_batches
 from engine.flags import Parser, command_line
-from formats import TEMPLATES, choose, named, read_records
+from formats import choose, read_records
 from model import Llama, UserError, reading, write_json
 from train import device_and_dtype, load_run
 
@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--prompts", metavar="FILE", help="answer the instruction of each record of a file")
     parser.add_argument("--outputs", type=Path, default="model_outputs.json", help="AlpacaEval's JSON (%(default)s)")
     parser.add_argument("--generator", help="name of the answerer in there; default: run folder or checkpoint")
-    parser.add_argument("--template", choices=TEMPLATES, help="default: the run's, the checkpoint's or plain")
+    parser.add_argument("--template", help="as in train.py; default: the run's, the checkpoint's or plain")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
@@ -62,7 +62,7 @@ def main():
         model = base()
     speakers = [model]  # the first one answers
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
-    template = named(choose(args.template or saved.get("template", "auto"), tokenizer, args.checkpoint)[0])
+    template, _ = choose(args.template or saved.get("template", "auto"), tokenizer, args.checkpoint)
     source = torch.Generator(device).manual_seed(args.seed)
     room = model.config.max_position_embeddings - args.max_new_tokens
     if room < 2:
@@ -71,7 +71,7 @@ def main():
 
     def tokens(segments):
         with reading("the prompt"):
-            return encode([template.apply(Example("", segments))], tokenizer, [""])[0].ids
+            return tokenizer.encode_segments(template.apply(Example("", segments)).segments)[0]
 
     def complete(prompts):
         with speakers[0].autocast():
@@ -114,7 +114,7 @@ def main():
                 print("[with the adapter]" if args.adapter and speakers[0] is model else "[the base]")
                 continue
             said.append(Segment(line, "user"))
-            said.append(Segment(answer(said), "assistant", trained=True))
+            said.append(Segment(answer(said), "assistant"))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import torch
 from data import Tokenizer
 from engine.checkpoint import save_tensors
 from engine.flags import Parser, command_line
-from formats import choose, named
+from formats import choose
+from formats.templates import chat_template
 from model import UserError, open_tensors, read_json, tensor_files, write_json, written
 from train import load_run
 
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+          "chat_template.jinja", "chat_template.json")
 
 
 def save_merged(run, base, out):
@@ -35,12 +37,14 @@ def save_merged(run, base, out):
             with written(out / file) as part:
                 shutil.copyfile(checkpoint / file, part)
     tokenizer = Tokenizer.from_pretrained(checkpoint)
-    name, _ = choose(saved.get("template", "auto"), tokenizer, checkpoint)
-    for file, changes in (("tokenizer_config.json", {"template": name, "chat_template": named(name).jinja(tokenizer)}),
-                          ("generation_config.json", {"eos_token_id": sorted(tokenizer.stop_ids)})):
-        write_json(out / file, {**(read_json(out / file) if (out / file).exists() else {}), **changes})
-    return (f"a plain checkpoint, {str(dtype).removeprefix('torch.')}; its chat template is {name}, which it was "
-            "trained with")
+    template, source = choose(saved["template"], tokenizer, checkpoint)
+    changes = {"generation_config.json": {"eos_token_id": sorted(tokenizer.stop_ids)}}
+    if saved["template"] != chat_template(checkpoint):
+        (out / "chat_template.jinja").unlink(missing_ok=True)
+        changes["tokenizer_config.json"] = {"chat_template": template.exported()}
+    for file, values in changes.items():
+        write_json(out / file, {**(read_json(out / file) if (out / file).exists() else {}), **values})
+    return f"a plain checkpoint, {str(dtype)[6:]}, with the chat template that it was trained with"
 
 
 @torch.no_grad()

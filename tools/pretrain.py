@@ -17,6 +17,7 @@ from base import suite as builtin
 from data import Tokenizer, encode_suite
 from engine.flags import Parser, add_flags, check, command_line, program
 from engine.folder import RunFolder, provenance
+from formats.templates import Template, dress
 from model import Adapter, Llama, LlamaConfig, UserError, write_json, written
 from train import Config, device_and_dtype, learn
 
@@ -32,21 +33,21 @@ def train_tokenizer(examples, size=512):
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     fast.decoder = decoders.ByteLevel()
     fast.train_from_iterator(
-        ("".join(s.text for s in e.segments) for e in examples),
+        ("### Instruction:\n{}\n\n### Response:\n{}".format(*(s.text for s in e.segments)) for e in examples),
         trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return Tokenizer(fast, bos_id=1, eos_id=2, pad_id=0, stop_ids={2}, template="short")
+    return Tokenizer(fast, bos_id=1, eos_id=2, pad_id=0, stop_ids={2},
+                     names={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
 
 
 def save_tokenizer(tokenizer, path):
     """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
     with written(path / "tokenizer.json") as part:
         part.write_text(tokenizer.fast.to_str(pretty=True), encoding="utf-8")
-    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     write_json(path / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        **{name: tokenizer.fast.id_to_token(i) for name, i in special.items()}, "template": tokenizer.template})
+        **tokenizer.names, "chat_template": Template("short", tokenizer).exported()})
 
 
 def init_weights(model, seed):
@@ -81,7 +82,7 @@ def main():
     model.to(device)
     model.dtype = dtype  # of the computation; what is trained stays float32
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
-    suite = encode_suite(suite, tokenizer, config.max_length)
+    suite = encode_suite(dress(suite, Template("short", tokenizer)), tokenizer, config.max_length)
     results = learn(config, model, Adapter(model), suite, tokenizer, RunFolder(record))
     model.save_pretrained(out)
     save_tokenizer(tokenizer, out)

@@ -18,7 +18,8 @@ from engine.table import print_table, summary
 from model import LlamaConfig, UserError, read_json, reading, write_json
 from train import Config, device_and_dtype, load_data, load_run
 
-OF_TRAIN = ("template", "max_length", "max_new_tokens", "tasks", "batch_size", "device", "dtype", "eval_split",
+OF_TRAIN = ("choices",
+            "template", "max_length", "max_new_tokens", "tasks", "batch_size", "device", "dtype", "eval_split",
             "eval_limit", "shard")
 
 
@@ -26,9 +27,9 @@ def load_files(args, config):
     """(Suite of tokens, tokenizer) of --eval-data, with solved examples in front of each question."""
     tokenizer = data.Tokenizer.from_pretrained(config.base)
     template, source = formats.choose(config.template, tokenizer, Path(config.base))
-    print(f"template {template}: {source}")
-    suite = formats.load([], args.eval_data, template=template, limit=config.eval_limit, shots=args.shots,
-                         shot_files=args.shot_data)
+    print(f"template: {source}")
+    suite = formats.dress(formats.load([], args.eval_data, limit=config.eval_limit, shots=args.shots,
+                                       shot_files=args.shot_data, choices=config.choices), template)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     return data.encode_suite(suite, tokenizer, longest), tokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from base import suite
 from data import Tokenizer, encode, exact
 from engine.flags import Parser, command_line
-from formats import FORMATS, TEMPLATES, choose, named, read_files
+from formats import FORMATS, TEMPLATES, choose, read_files
 
 
 def as_text(example):
@@ -62,19 +62,21 @@ def main():
     parser.add_argument("files", nargs="*", metavar="[NAME=]FILE", help="any file that train.py --data takes")
     parser.add_argument("--formats", action="store_true", help="list what records may hold")
     parser.add_argument("--base", default="base", help="checkpoint folder whose tokenizer counts (%(default)s)")
-    parser.add_argument("--template", choices=("auto", *TEMPLATES), default="auto", help="as in train.py")
+    parser.add_argument("--template", default="auto", help="as in train.py")
     parser.add_argument("--max-length", type=int, default=512, help="count examples of more tokens (%(default)s)")
     args = parser.parse_args()
     if args.formats:
         return show_formats()
     tokenizer = Tokenizer.from_pretrained(args.base)
+    template, source = choose("short" if not args.files and args.template == "auto" else args.template, tokenizer,
+                              Path(args.base))
     if args.files:
-        template, source = choose(args.template, tokenizer, Path(args.base))
-        print(f"template {template}: {source}")
-        tasks = {name: (kind, FORMATS[kind].score, [named(template).apply(row) for row in rows])
-                 for name, (kind, rows) in read_files(args.files).items()}
+        print(f"template: {source}")
+        tasks = {name: (kind, FORMATS[kind].score, rows) for name, (kind, rows) in read_files(args.files).items()}
     else:
         tasks = {name: (kind, exact, suite.generate(name, "train")[:2000]) for name, (kind, _) in suite.TASKS.items()}
+    tasks = {name: (kind, score, [one for row in rows for one in template.answers(row)])
+             for name, (kind, score, rows) in tasks.items()}
     show_table(tasks, tokenizer, args.max_length)
     print("\nThe first example of each task: what is said, then token by token; [brackets] mark what is trained on.")
     for name, (_, _, (first, *_)) in tasks.items():
