@@ -104,10 +104,15 @@ class Tokenizer:
         self.special, self.added = spelled(special), spelled(state["added_tokens"])
         # A second tokenizer, in which the special tokens have private spellings and their old flags.
         state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        # Where they are looked for in normalized text, a space that begins a text begins the whole of it alone.
+        steps = (state["normalizer"] or {}).get("normalizers", [])
+        self.spaced = any(step["type"] == "Prepend" for step in steps) and all(t["normalized"] for t in special)
+        if self.spaced:
+            state["normalizer"]["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
         self.private = FastTokenizer.from_str(json.dumps(state))
-        flags = ("single_word", "lstrip", "rstrip", "normalized")
         self.private.add_special_tokens([
-            AddedToken(f"\ue002{t['id']}\ue003", **{flag: t[flag] for flag in flags}) for t in special])
+            AddedToken(f"\ue002{t['id']}\ue003", normalized=False, **{
+                flag: t[flag] for flag in ("single_word", "lstrip", "rstrip")}) for t in special])
         self.ids = {self.private.token_to_id(f"\ue002{t['id']}\ue003"): t["id"] for t in special}
         self.spelling = {t["content"]: f"\ue002{t['id']}\ue003" for t in special}
         fast.encode_special_tokens = True
@@ -184,6 +189,8 @@ class Tokenizer:
         for s in segments:
             start = len(text) if s.trained and start is None else start
             text += s.text if s.role else self.special.sub(lambda token: self.spelling[token[0]], s.text)
+        if self.spaced and text[:1] != "\ue002":
+            text, start = " " + text, start and start + 1
         found = self.private.encode(text, add_special_tokens=False)
         ids = [self.ids.get(i, i) for i in found.ids]
         prompt = len(ids) if start is None else next(

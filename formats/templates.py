@@ -133,14 +133,14 @@ class Template:
             return pieces or [Segment(text)]
         prompt, last = self.render(messages[:-1], ask=True), self.tokenizer.added
         if pieces:  # what the markup in front of the answer has more than a prompt belongs to the answer
-            place = max((i for i, s in enumerate(pieces) if s.role == "assistant"), default=0)
+            place = max(i for i, s in enumerate(pieces) if s.role == "assistant")
             before, answer = pieces[:place], pieces[place]
             cut = len(prompt) - len("".join(s.text for s in before[:-1]))
             if text.startswith(prompt) and 0 <= cut <= len(before[-1].text):
                 markup = before.pop().text
                 before += [Segment(markup[:cut]), Segment(markup[cut:], trained=True)]
             tail = "".join(s.text for s in pieces[place + 1 :])
-        elif text.startswith(prompt):  # the template rewrites what was said
+        elif text.startswith(prompt) and text != prompt:  # the template rewrites what was said
             end = last.search(text, len(prompt))
             before, tail = [Segment(prompt)], text[end.start() :] if end else ""
             answer = Segment(text[len(prompt) : len(text) - len(tail)], "assistant")
@@ -163,7 +163,8 @@ class Template:
             if piece.text is None:
                 return None
             pieces, at = [*pieces, piece], at + len(piece.text)
-        return pieces if at == len(text) else None
+        answered = waits or str(len(said) - 1) in parts[1::2]
+        return pieces if answered and at == len(text) else None
 
 
 def dress(suite, template):
@@ -218,7 +219,8 @@ def chat_template(folder):
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_json(folder / name).get("chat_template") if (folder / name).exists() else None
         if isinstance(found, list):  # several by name
-            found = {part.get("name"): part.get("template") for part in found}.get("default")
+            with reading(folder / name):
+                found = {part["name"]: part["template"] for part in found}.get("default")
         if isinstance(found, str):
             return found
     return ""

@@ -17,7 +17,7 @@ KINDS = {
     "pair": [{"prompt": f"What is {a} + {b}?", "completion": str(a + b + a % 2)} for a, b in SUMS],
     "alpaca": [{"instruction": "Reverse:", "input": f"{a} {b}", "output": f"{b} {a}" * (a % 3 + 1)} for a, b in SUMS],
     "choices": [{"question": f"What is {a} + {b}?", "choices": [str(a), str(a + b), "many"][: 2 + a % 2],
-                 "answer": a % 2} for a, b in SUMS],
+                 "answer": a % 3 % 2} for a, b in SUMS],
     "gsm8k": [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}"} for a, b in SUMS],
 }
 
