@@ -65,11 +65,11 @@ def main():
     config = replace(config, **{name: getattr(args, name) for name in OF_TRAIN if getattr(args, name) is not None})
     check(config)
     device, dtype = device_and_dtype(config)
-    suite, tokenizer = load_files(args, config) if args.eval_data else load_data(config, train=False)[:2]
     if run:
         model = load_run(args.model, device, dtype, args.base, config.shard)[0]
     else:
         model = devices.load(args.model, device, dtype, config.shard)
+    suite, tokenizer = load_files(args, config) if args.eval_data else load_data(config, train=False)[:2]
     start = time.perf_counter()
     scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
     results = {"model": str(args.model), "eval_split": config.eval_split, **summary(suite, scores, scores),
