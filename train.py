@@ -239,7 +239,8 @@ def run(config, method_config=None, argv=(), trial_data=None):
             raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
         except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
             left = f"; {out} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
-            left += f"; the run before this one is in {folder.old}" if config.overwrite and folder.old.exists() else ""
+            old = config.overwrite and folder.old.exists()
+            left += f"; the run before this one is in {folder.old}" if old else ""
             raise UserError(user_message(error) + left) from error
         folder.finish(results)
         if trial_data:
