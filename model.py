@@ -597,8 +597,8 @@ class Adapter:
         for name in sorted(own.keys() | tensors.keys()):
             found, expected = (f"of shape {tuple(of[name].shape)}" if name in of else "absent" for of in (tensors, own))
             if found != expected:
-                raise UserError(f"adapter tensor {name!r} is {found}, expected {expected}: the file was made with other "
-                                "settings")
+                raise UserError(f"adapter tensor {name!r} is {found}, expected {expected}: the file was made with "
+                                "other settings")
             own[name].copy_(tensors[name])
 
     def merge(self):
