@@ -246,3 +246,19 @@ def test_layer_ranges():
     for wrong in ("90%-10%", "3,9", "-1", "half", "25-50%-75%", "", "1.5"):
         with pytest.raises(ValueError, match="layers"):
             parse_layers(wrong, 8)
+
+
+def test_a_tied_head_that_differs_counts_as_in_transformers(tmp_path, capsys):
+    """And an ignored buffer of another rope_theta is said."""
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path)
+    file, ids = tmp_path / "model.safetensors", random_ids(tiny())
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    tensors[HEAD] = tensors[EMBEDDING].roll(1, 0)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = 500.0 ** (-torch.arange(0, 8, 2) / 8)
+    save_file(tensors, file, {"format": "pt"})
+    ours = Llama.from_pretrained(tmp_path)
+    assert "of another rope_theta than config.json" in capsys.readouterr().out
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), their_logits(tmp_path, ids), atol=1e-4, rtol=0)
+    ours.save_pretrained(tmp_path / "again")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "again").lm_head.weight, tensors[HEAD])

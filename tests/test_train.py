@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import csreft
 import data
 import model
 import train
 from engine import flags
 from formats.known import FORMATS
-from model import Llama, UserError
-from tests.helpers import BASE, HERE, QUICK, REAL, here, json_lines, needs_real, one_line_error, written
+from model import Adapter, Llama, UserError
+from tests.helpers import (
+    BASE, HERE, QUICK, REAL, here, json_lines, needs_real, one_line_error, tiny, written)
 
 # ---------------------------------------------------------------------------------------------- flags
 
@@ -305,3 +307,33 @@ def test_a_model_whose_numbers_overflow_is_not_scored(tmp_path):
               tmp_path / "base" / "model.safetensors")
     message = one_line_error("-m", "tools.score", tmp_path / "base", "--eval-limit", "2", "--tasks", "currency")
     assert "(example currency " in message and "overflow" in message
+
+
+def test_a_base_is_the_files_that_decide_what_it_says(runs, tmp_path):
+    """Other files may lie beside them; a change of one of them is named."""
+    out, base = runs("--method", "lora", *QUICK), tmp_path / "base"
+    shutil.copytree(BASE, base)
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    train.load_run(out, base=base)
+    for name, old, new in (("config.json", '"rope_theta": 10000.0', '"rope_theta": 500.0'),
+                           ("tokenizer.json", '"<pad>"', '"<PAD>"')):
+        text = (base / name).read_text()
+        assert old in text
+        (base / name).write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=f"another base than .*base file {name} has changed"):
+            train.load_run(out, base=base)
+        (base / name).write_text(text)
+
+
+def test_norms_and_biases_have_no_weight_decay():
+    whole = tiny(attention_bias=True)
+    groups = Adapter(whole).param_groups(1.0, 0.1)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in whole.named_parameters() if id(p) in decayed}
+    assert names == {name for name, _ in whole.named_parameters() if not name.endswith(("norm.weight", "bias"))}
+    edits = csreft.attach(tiny(), csreft.Config(rank=2))
+    decayed = [p for group in edits.param_groups(1.0, 0.1) if group["weight_decay"] for p in group["params"]]
+    assert {id(p) for p in decayed} == {id(p) for p in (
+        edits.edits.W, edits.edits.router[0].weight, edits.edits.router[2].weight)}
+    groups = edits.param_groups(1.0, 0.1)
+    assert len({id(p) for group in groups for p in group["params"]}) == 7 and groups[2]["lr"] == 4e-3
