@@ -416,7 +416,7 @@ def test_a_mistake_about_data_is_one_clear_line(tmp_path, args, names):
 
 
 def test_readmes_commands_lead_from_a_chat_model_and_its_talk_to_a_checkpoint(tmp_path):
-    """transformers chats with what is exported. The model is random; as SmolLM's, ChatML's tokens are BOS and EOS."""
+    """transformers chats with what is exported, in a template that no list knows. The model is random."""
     fast, folder = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json")), tmp_path / "CHAT-MODEL"
     fast.post_processor = tokenizers.processors.TemplateProcessing(single="$A")
     fast.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -424,8 +424,8 @@ def test_readmes_commands_lead_from_a_chat_model_and_its_talk_to_a_checkpoint(tm
     fast.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "</s>",
-        "chat_template": "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] "
-                         "+ '<|im_end|>' + '\n'}}{% endfor %}"}))
+        "chat_template": "{% for message in messages %}{{'<|im_start|>' + message['role'] + ': ' + message['content'] "
+                         "+ '<|im_end|>' + '|'}}{% endfor %}{{ '<|im_start|>assistant:' if add_generation_prompt }}"}))
     written(tmp_path / "talk.json", [{"conversations": [
         {"from": "human", "value": f"Name three fruits. {i}"}, {"from": "gpt", "value": "pear"}]} for i in range(40)])
     readme, said = (HERE / "README.md").read_text(encoding="utf-8"), []
