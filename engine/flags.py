@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 
 from model import UserError
 
+OPTIONAL = "gguf", "matplotlib", "peft", "transformers"  # what single programs import in main()
+
 
 def program():
     """The running program as its user named it: `train.py`, or `tools.chat` for `python -m tools.chat`."""
@@ -129,6 +131,8 @@ def user_message(error):
     failed compiler. Raises anything else again: it is a bug."""
     if isinstance(error, (UserError, OSError, SafetensorError)):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:
+        return f"{error.name} is not installed: pip install {error.name}"
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or re.search("(out of|allocate) memory|size calculation overflowed", str(error)):
         return f"not enough memory: {first:.120}"
@@ -153,7 +157,7 @@ def command_line(main):
     except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
-    except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, SafetensorError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         fail(user_message(error))
     except Stopped as stopped:
         print(f"{program()}: {stopped}", file=sys.stderr)

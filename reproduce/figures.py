@@ -6,8 +6,6 @@
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
-
 from engine.flags import Parser, command_line
 from model import read_json
 from reproduce.runner import NAMES, STORED, column, mean_and_spread
@@ -20,7 +18,7 @@ STYLE = {"grid.color": "#d0d7de", "axes.grid": True, "axes.grid.axis": "y", "axe
          "xtick.labelsize": 9, "legend.frameon": False, "figure.dpi": 200, "figure.constrained_layout.use": True}
 
 
-def accuracy(section):
+def accuracy(plt, section):
     """Bars: each new task and the two means, by method."""
     seeds = {name: list(row["seeds"].values()) for name, row in section.items()}
     tasks = list(seeds["sft"][0]["tasks"])
@@ -42,7 +40,7 @@ def accuracy(section):
     return fig
 
 
-def spectra(section):
+def spectra(plt, section):
     """Singular values of the learned updates."""
     fig, ax = plt.subplots(figsize=(6.2, 3.5))
     for name in ("lora", "multilora", "sft"):
@@ -68,7 +66,7 @@ def heat(ax, rows, columns, low, high, form, cmap, title):
             ax.text(j, i, form.format(value), ha="center", va="center", fontsize=9)
 
 
-def gates(section):
+def gates(plt, section):
     """Mean gates of one seed, routed on the prompt's mean and on the first token; interference of three methods."""
     fig, axes = plt.subplots(1, 3, figsize=(8.9, 3.3))
     for ax, name, read in zip(axes, ("csreft", "csreft-first-token"), ("prompt's mean", "first token")):
@@ -84,7 +82,7 @@ def gates(section):
     return fig
 
 
-def front(section):
+def front(plt, section):
     """Speciality against versatility over learning rates, and the judged runs."""
     fig, ax = plt.subplots(figsize=(6.2, 4.4))
     for name, points in section["front"].items():
@@ -105,10 +103,11 @@ def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=STORED, help="compare.json; default: the stored one")
     everything = read_json(parser.parse_args().file)
+    import matplotlib.pyplot as plt
     plt.rcParams.update(STYLE)
     for section, draw in {"compare": accuracy, "multilora": spectra, "csreft": gates, "cofitune": front}.items():
         if section in everything:
-            draw(everything[section]).savefig(STORED.parent / f"{draw.__name__}.png")
+            draw(plt, everything[section]).savefig(STORED.parent / f"{draw.__name__}.png")
             print(STORED.parent / f"{draw.__name__}.png")
 
 

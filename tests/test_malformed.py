@@ -63,9 +63,11 @@ def test_a_wrong_value_in_a_tokenizers_settings_is_named(tmp_path, name, content
 
 
 @pytest.mark.parametrize("part, key, value, words", [
-    (None, "method", "nothing", "unknown method 'nothing'"), (None, "method", [1], ""), (None, "asked", None, ""),
-    ("settled", "rank", "4", ""), ("settled", "rank", -1, ""), ("settled", "colour", "red", "colour"),
-    ("settled", "targets", 7, ""), ("asked", "settings", {"steps": 1, "epochs": 2}, "one of --steps and --epochs")])
+    (None, "method", "nothing", "unknown method 'nothing'"), (None, "method", [1], "config.json"),
+    (None, "asked", None, "config.json"), ("settled", "rank", "4", "config.json"),
+    ("settled", "rank", -1, "config.json"), ("settled", "colour", "red", "colour"),
+    ("settled", "targets", 7, "config.json"),
+    ("asked", "settings", {"steps": 1, "epochs": 2}, "one of --steps and --epochs")])
 def test_a_wrong_value_in_a_runs_config_json_is_one_line(runs, tmp_path, part, key, value, words):
     shutil.copytree(runs(*RUN), tmp_path / "run")
     raw = json.loads((tmp_path / "run" / "config.json").read_text())

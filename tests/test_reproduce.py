@@ -254,8 +254,6 @@ def test_counts_at_published_sizes(args, numbers):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_explains_its_flags(program):
-    if program == "reproduce.figures":
-        pytest.importorskip("matplotlib")
     assert here("-m", program, "--help").stdout.startswith(f"usage: {program} [-h]")
 
 

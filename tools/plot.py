@@ -16,7 +16,7 @@ import data
 from cofitune import harmonic, title
 from engine.flags import Parser, command_line
 from engine.table import wilson
-from model import LINEARS, UserError, read_json, written
+from model import LINEARS, read_json, written
 from multilora import singular_values
 from train import Config, load_data, load_run
 
@@ -121,10 +121,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folder, such as out/multilora")
     parser.add_argument("--png", type=Path, help="where to; default: plot.png in the first run's folder")
     args = parser.parse_args()
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("matplotlib, which draws, is not installed: pip install matplotlib") from None
+    import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     runs = {run: read_json(run / "results.json") for run in args.runs}
