@@ -72,7 +72,7 @@ class Config:
     route_on: Annotated[Literal["prompt_mean", "first_token"],
                         "the router's input: the prompt's mean embedding, or its first token's"] = "prompt_mean"
     router_norm: Annotated[bool, "the router's input at unit root mean square"] = True
-    router_lr: Annotated[float, "the router's peak learning rate", "(0, inf)"] = 4e-3
+    router_lr: Annotated[float | None, "the router's peak learning rate; default: 0.4 times --lr", "(0, inf)"] = None
     sparsity: Annotated[float, "λ, weight of the mean gate in the loss", "[0, inf)"] = 0.0
     gate: Annotated[Literal["soft", "hard"], "gates at evaluation, hard: open above 0.5; training is soft"] = "soft"
 
@@ -198,9 +198,10 @@ class CSReFTAdapter(Adapter):
     def param_groups(self, lr, weight_decay):
         """No decay on R, which the QR would undo, nor on biases; the router at its own rate."""
         R, W, b, router = self.edits.R, self.edits.W, self.edits.b, [*(self.edits.router or nn.Module()).parameters()]
+        router_lr = self.config.router_lr or 0.4 * lr
         groups = (([W], lr, weight_decay), ([R, b], lr, 0.0),
-                  ([p for p in router if p.dim() > 1], self.config.router_lr, weight_decay),
-                  ([p for p in router if p.dim() == 1], self.config.router_lr, 0.0))
+                  ([p for p in router if p.dim() > 1], router_lr, weight_decay),
+                  ([p for p in router if p.dim() == 1], router_lr, 0.0))
         return [dict(zip(("params", "lr", "weight_decay"), group)) for group in groups]
 
     @torch.no_grad()

@@ -63,6 +63,11 @@ class Suite:
     score: dict  # {task: Score}, see "scoring" below
     validation: list = field(default_factory=list)  # of the trained tasks, for --eval-every
 
+    def joined(self, other):
+        """The Suite with the tests of another one, too."""
+        return replace(self, **{name: getattr(self, name) | getattr(other, name)
+                                for name in ("tests", "group", "aspect", "score")})
+
     @property
     def names(self):
         return list(dict.fromkeys([*self.tests, *self.trained]))

@@ -37,6 +37,7 @@ from model import Llama, LlamaConfig, UserError, checkpoint_files, read_json, re
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
 STANDARD = {"steps": 600, "batch_size": 48, "lr": 1e-3}  # where a method's own DEFAULTS say nothing else
+WIDTH = 128  # of the base for which the rates are chosen
 NOT_ASKED = ("out", "overwrite", "save_every", "shard")  # another value of these is still the same run
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -45,7 +46,7 @@ NOT_ASKED = ("out", "overwrite", "save_every", "shard")  # another value of thes
 @dataclass
 class Config:
     """Settings of every run; each field is a flag. steps, batch_size and lr default to the method's DEFAULTS, else to
-    STANDARD."""
+    STANDARD; lr when the run begins, since it depends on the base."""
 
     method: Annotated[str | None, "fine-tuning method"] = None
     base: Annotated[str, "folder of the base model, in Hugging Face layout"] = "base"
@@ -67,7 +68,8 @@ class Config:
     epochs: Annotated[float | None, "passes over the training data, instead of --steps", "(0, inf)"] = None
     batch_size: Annotated[int | None, "examples in a micro-batch, over all processes", "[1, inf)"] = None
     grad_accum: Annotated[int, "micro-batches in a step", "[1, inf)"] = 1
-    lr: Annotated[float | None, "peak learning rate", "(0, inf)"] = None
+    lr: Annotated[float | None, "peak learning rate; default: the method's, times 128 / width of the base",
+                  "(0, inf)"] = None
     warmup: Annotated[float, "share of the steps with a rising rate, before a cosine to zero", "[0, 1)"] = 0.05
     weight_decay: Annotated[float, "AdamW's decoupled weight decay", "[0, inf)"] = 0.0
     clip: Annotated[float, "largest gradient norm, 0 for no clipping", "[0, inf)"] = 1.0
@@ -91,16 +93,15 @@ class Config:
     def __post_init__(self):
         if self.epochs and self.steps:
             raise UserError("give one of --steps and --epochs")
-        for name, value in {**STANDARD, **defaults_of(self.method)}.items():
-            if getattr(self, name) is None and not (name == "steps" and self.epochs):
+        for name, value in defaults_of(self.method).items():
+            if getattr(self, name) is None and name != "lr" and not (name == "steps" and self.epochs):
                 setattr(self, name, value)
         if self.compile and self.shard:
             raise UserError("--compile does not go with --shard")
         if "builtin" in self.data and len(self.data) > 1:
             raise UserError("--data takes builtin or files, not both")
-        of_files = self.eval_data or self.general_data or self.template != "auto" or self.mix != "proportional"
-        if self.builtin and of_files:
-            raise UserError("--eval-data, --general-data, --template and --mix go with files in --data")
+        if self.builtin and (self.eval_data or self.mix != "proportional"):
+            raise UserError("--eval-data and --mix go with files in --data")
         if self.tasks != "all" and not self.builtin:
             raise UserError("--tasks is about the built-in suite; with files, name in --data what to learn")
         if self.eval_data and self.eval_split != "test":
@@ -125,7 +126,8 @@ def parse(argv):
         parser.parse_args(argv)
         parser.error(f"give --method NAME, one of {', '.join(find_methods())}")
     default = method_of(name)[1]
-    add_flags(parser.add_argument_group(f"--method {name}"), default)
+    rate = f"default --lr at width {WIDTH}: {defaults_of(name)['lr']:g}"
+    add_flags(parser.add_argument_group(f"--method {name}", rate), default)
     found = vars(parser.parse_args(argv))
     if found["epochs"] and found["steps"] == standard.steps:
         found["steps"] = None
@@ -160,11 +162,22 @@ def method_of(name):
 
 
 def defaults_of(name):
-    """{field of Config: value} that a method's file sets in `DEFAULTS = {name: {...}}`, for itself or a preset."""
+    """STANDARD with what a method's file sets in `DEFAULTS = {name: {...}}`, for itself or a preset."""
     own = getattr(method_of(name)[0], "DEFAULTS", {}).get(name, {}) if name else {}
     if wrong := own.keys() - STANDARD.keys():
         raise UserError(f"DEFAULTS of {name!r} sets {min(wrong)!r}, expected some of {', '.join(STANDARD)}")
-    return own
+    return STANDARD | own
+
+
+def with_rate(config):
+    """The Config with a peak rate. The default falls with the base's width: Adam moves each entry of a weight by about
+    the rate, and a sum over more inputs then moves by more (the rule of muP, Yang et al. 2022, arXiv 2203.03466)."""
+    if config.lr:
+        return config
+    rate, width = defaults_of(config.method)["lr"], LlamaConfig.from_pretrained(config.base).hidden_size
+    if width != WIDTH:
+        print(f"--lr {rate * WIDTH / width:.2g}: {rate:g}, the default at width {WIDTH}, times {WIDTH} / {width}")
+    return replace(config, lr=float(f"{rate * WIDTH / width:.2g}"))
 
 
 def start_adapter(model, method, config):
@@ -193,6 +206,7 @@ def run(config, method_config=None, argv=(), trial_data=None):
     method_config, out = method_config or default, Path(config.out or f"out/{config.method}")
     check(config)
     check(method_config)
+    config = with_rate(config)
     if config.batch_size < devices.world_size():
         raise UserError(f"--batch-size {config.batch_size} counts over all processes, of which there are "
                         f"{devices.world_size()}: each needs an example")
@@ -287,6 +301,8 @@ def learn(config, model, adapter, suite, tokenizer, folder, keep=None, trial=Fal
         folder.write("samples.json", samples.tell(
             picked, facts["samples_before"], samples.answer(model, picked, tokenizer), tokenizer))
         print_table(results)
+        if devices.is_main() and log.losses[-1] > log.losses[0]:
+            print(f"the loss rose from {log.losses[0]:.4g} to {log.losses[-1]:.4g}: try --lr {config.lr / 4:.2g}")
     return results
 
 
@@ -296,9 +312,9 @@ def learn(config, model, adapter, suite, tokenizer, folder, keep=None, trial=Fal
 def train(model, adapter, examples, config, pad, log=None, keep=None, after=None):
     """Trains in place, up to config.steps steps.
 
-    log(record), if given, receives {"step", "loss", "lr", ...} every LOG_EVERY steps. keep: the run's Checkpoint, from
-    which training goes on. after(step) is called after each step. Raises Stopped, with a checkpoint, after the step in
-    which a signal came.
+    log(record), if given, receives {"step", "loss", "lr", ...} after the first step and every LOG_EVERY steps. keep:
+    the run's Checkpoint, from which training goes on. after(step) is called after each step. Raises Stopped, with a
+    checkpoint, after the step in which a signal came.
     """
     draw = lambda: data.draw(examples, config.batch_size * config.grad_accum, config.seed)
     parts = lambda group: data.micro_batches(group, config.batch_size, model.device)
@@ -332,7 +348,7 @@ def train(model, adapter, examples, config, pad, log=None, keep=None, after=None
             waiting.append((step, loss, norm, group))
             tokens += sum(len(example.ids) for example in group)
             due = config.save_every and (step % config.save_every == 0 or step == config.steps)
-            logged = step % LOG_EVERY == 0 or step == config.steps
+            logged = step % LOG_EVERY == 0 or step in (1, config.steps)
             stop = devices.all_reduce_max(max(caught, default=0))  # a signal, which others may not have got
             if due or logged or stop:  # only here does the host wait for the device
                 losses += [finite_loss(*one, config.lr) for one in waiting]
@@ -424,14 +440,13 @@ def load_data(config, split=None, limit=None, train=True):
     leaves out the training examples."""
     tokenizer = data.Tokenizer.from_pretrained(config.base)
     split, limit = split or config.eval_split, config.eval_limit if limit is None else limit
-    if config.builtin:
-        suite = builtin.load(config.tasks, split, limit)
-        template, _ = formats.choose("short", tokenizer, Path(config.base))
-    else:
-        template, source = formats.choose(config.template, tokenizer, Path(config.base))
-        print(f"template: {source}")
-        suite = formats.load(config.data, config.eval_data, config.general_data, split, limit, config.mix,
-                             choices=config.choices)
+    template, source = formats.choose(config.template, tokenizer, Path(config.base))
+    print(f"template: {source}")
+    suite = formats.load([] if config.builtin else config.data, config.eval_data, config.general_data, split, limit,
+                         config.mix, choices=config.choices)
+    if config.builtin:  # tools.pretrain gives its bases the template `short`
+        common = not formats.chat_template(Path(config.base)).endswith(formats.TEMPLATES["short"])
+        suite = builtin.load(config.tasks, split, limit, common).joined(suite)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     some = random.Random("validation").sample(suite.validation, min(512, len(suite.validation)))
     suite = replace(suite, train=suite.train if train else [], validation=some if config.eval_every else [])
@@ -449,15 +464,15 @@ def load_trial_data(config):
 
 def files_of(config):
     """The data files that a run reads."""
-    entries = [] if config.builtin else [*config.data, *config.eval_data, *config.general_data]
+    entries = [*([] if config.builtin else config.data), *config.eval_data, *config.general_data]
     return [formats.name_and_file(entry)[1] for entry in entries]
 
 
 def identity(config, method_config, device, dtype):
     """What makes a run this very run: settings as asked, and the files that decide its numbers, by their SHA-256."""
     base, method = Path(config.base), sys.modules[type(method_config).__module__]
-    code = [HERE / name for name in ("model.py", "data.py", "train.py", "base/suite.py")] + [Path(method.__file__)]
-    code += sorted((HERE / "formats").glob("*.py")) if not config.builtin else [HERE / "formats/templates.py"]
+    code = [HERE / "model.py", HERE / "data.py", HERE / "train.py", Path(method.__file__)]
+    code += sorted(file for room in ("base", "formats") for file in (HERE / room).glob("*.py"))
     hashes = lambda files, above: {Path(file).relative_to(above).as_posix(): digest(file) for file in files}
     return {"settings": {key: value for key, value in asdict(config).items() if key not in NOT_ASKED},
             "method_settings": asdict(method_config), "device": device.type, "dtype": str(dtype)[6:],

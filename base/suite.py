@@ -8,6 +8,7 @@ never share their operands; facts are asked about in other words.
 import random
 import zlib
 
+from base import common as everyday
 from data import Example, Segment, Suite, exact
 from model import UserError
 
@@ -171,16 +172,18 @@ def generate(name, split):
     return out
 
 
-def load(tasks="all", split="test", limit=0):
+def load(tasks="all", split="test", limit=0, common=False):
     """Suite of the built-in tasks. tasks: "all" of NEW, some of them ("currency,cipher"), or "general" for pretraining.
+    common: for a base that knows nothing of GENERAL, versatility is measured on everyday questions (`base/common.py`).
 
     Raises UserError, listing the valid names, for a task that does not exist.
     """
     trained = list({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")]))
     if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
         raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}, or all")
-    scored = [t for t in TASKS if t in trained or t in GENERAL]
-    return Suite(trained, [e for t in trained for e in generate(t, "train")],
-                 {t: generate(t, split)[: limit or None] for t in scored},
-                 {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
-                 dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])
+    scored = [t for t in TASKS if t in trained or t in GENERAL and not common]
+    suite = Suite(trained, [e for t in trained for e in generate(t, "train")],
+                  {t: generate(t, split)[: limit or None] for t in scored},
+                  {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
+                  dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])
+    return suite.joined(everyday.load(split, limit)) if common else suite

@@ -31,9 +31,10 @@ class Log:
 
     def __init__(self, path, step=0, quiet=False):
         old = path.read_text(encoding="utf-8").splitlines(keepends=True) if step else []
+        old = [line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step]
         with written(path) as part:
-            part.write_text("".join(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step),
-                            encoding="utf-8")
+            part.write_text("".join(old), encoding="utf-8")
+        self.losses = [record["loss"] for record in map(json.loads, old) if "loss" in record]
         self.path, self.live, self.quiet, self.count, self.validation = path, sys.stdout.isatty(), quiet, 0, ""
 
     def __call__(self, record):
@@ -42,6 +43,7 @@ class Log:
         if "validation_loss" in record:  # shown with the next line
             self.validation = "  validation {validation_loss:.4f}".format(**record)
             return
+        self.losses.append(record["loss"])
         last = record["step"] == record["steps"]
         self.count += 1
         line = "step {step:>5}/{steps}  ETA {}  loss {loss:.4f}{}  lr {lr:.2e}  {tokens_per_second:,.0f} tokens/s"

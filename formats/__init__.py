@@ -12,11 +12,11 @@ from pathlib import Path
 from data import Suite
 from formats.files import read_records
 from formats.known import FORMATS, is_trained
-from formats.templates import TEMPLATES, choose, dress, solved
+from formats.templates import TEMPLATES, chat_template, choose, dress, solved
 from model import UserError
 
-__all__ = ["FORMATS", "TEMPLATES", "choose", "dress", "load", "name_and_file", "read_files", "read_records",
-           "task_name"]
+__all__ = ["FORMATS", "TEMPLATES", "chat_template", "choose", "dress", "load", "name_and_file", "read_files",
+           "read_records", "task_name"]
 
 
 def task_name(file):

@@ -23,7 +23,8 @@ ALLOWED = {"model": set(), "engine": {"model"}, "data": {"model", "engine"}, "fo
            "reproduce": ROOMS - {"bench"}, "bench": ROOMS}
 # Of others: what requirements.txt brings (torch brings numpy); the rest serves papers and measurements only.
 NEEDED = {"torch", "numpy", "safetensors", "tokenizers"}
-OPTIONAL = {"jinja2": {"formats"}, "matplotlib": {"reproduce", "tools"}, "transformers": {"bench"}, "peft": {"bench"}}
+OPTIONAL = {"jinja2": {"formats"}, "matplotlib": {"reproduce", "tools"}, "gguf": {"tools"},
+            "transformers": {"bench"}, "peft": {"bench"}}
 SOURCES = [HERE / f"{name}.py" for name in FILES] + sorted(f for name in PACKAGES for f in (HERE / name).rglob("*.py"))
 READMES = [HERE / "README.md", HERE / "reproduce" / "README.md"]
 

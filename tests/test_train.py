@@ -20,7 +20,8 @@ from engine import flags
 from formats.known import FORMATS
 from model import Adapter, Llama, UserError
 from tests.helpers import (
-    BASE, HERE, QUICK, REAL, here, json_lines, needs_real, one_line_error, tiny, written)
+    BASE, HERE, QUICK, REAL, here, json_lines, needs_real, one_line_error, tiny, tokenizer_folder,
+    written)
 
 # ---------------------------------------------------------------------------------------------- flags
 
@@ -73,7 +74,8 @@ def test_a_mistake_is_one_clear_line(tmp_path, args, names):
 
 def test_help_shows_a_methods_own_flags_and_defaults():
     text = here("train.py", "--method", "lora", "--help").stdout
-    for expected in ("--grad-accum", "--eval-split", "--modules", "--scaling", "(12)", "--method lora", "(0.004)"):
+    for expected in ("--grad-accum", "--eval-split", "--modules", "--scaling", "(12)", "--method lora",
+                     "width 128: 0.004"):
         assert expected in text, expected
     assert "--modules" in here("train.py", "--help").stdout
 
@@ -86,10 +88,20 @@ def test_a_methods_defaults_reach_a_config_however_it_is_made(name):
     own = {**train.STANDARD, **getattr(train.method_of(name)[0], "DEFAULTS", {}).get(name, {})}
     lr, steps, batch_size = (own[key] for key in ("lr", "steps", "batch_size"))
     for config in (train.Config(method=name), train.parse(["--method", name])[0], replace(train.Config(method=name))):
-        assert (config.lr, config.steps, config.batch_size) == (lr, steps, batch_size)
+        assert (config.steps, config.batch_size, train.with_rate(config).lr) == (steps, batch_size, lr)
     asked = train.Config(method=name, lr=1.0, steps=3)
     assert (asked.lr, asked.steps, asked.batch_size) == (1.0, 3, batch_size)
     assert train.parse(["--method", name, "--batch-size", "7"])[0] == train.Config(method=name, batch_size=7)
+
+
+def test_the_default_rate_falls_with_the_bases_width_and_one_that_is_too_high_is_named(tmp_path, capsys):
+    tiny(vocab_size=512, hidden_size=512).save_pretrained(tokenizer_folder(tmp_path / "base"))
+    of = lambda **settings: train.with_rate(train.Config("lora", base=str(tmp_path / "base"), **settings)).lr
+    assert of() == 1e-3 and of(lr=4e-3) == 4e-3
+    assert "--lr 0.001: 0.004, the default at width 128, times 128 / 512" in capsys.readouterr().out
+    run = lambda lr: here("train.py", *QUICK, "--method", "sft", "--steps", "20", "--lr", lr, "--out", tmp_path / lr)
+    assert "the loss rose" not in run("1e-3").stdout
+    assert re.search(r"the loss rose from [\d.]+ to [\d.]+: try --lr 0\.25\n", run("1").stdout)
 
 
 METHOD = """
@@ -156,7 +168,7 @@ def test_a_run_leaves_what_it_promises(runs):
     assert config["versions"]["torch"] == torch.__version__
     assert len(config["asked"]["base"]["model.safetensors"]) == 64
     lines = json_lines(out / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [10, 12] and lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines] == [1, 10, 12] and lines[-1]["loss"] < lines[0]["loss"]
     ids = torch.tensor([[1, 5, 9]])
     assert not torch.equal(train.load_run(out)[0](ids), Llama.from_pretrained(BASE)(ids))
     code = "from engine.folder import peak_memory; import torch; print(peak_memory(torch.device('cpu')))"
@@ -208,7 +220,7 @@ def test_gradient_accumulation_equals_one_large_batch(runs, dtype, bound, steps)
     large = runs(*common, "--batch-size", "32")
     small = runs(*common, "--batch-size", "8", "--grad-accum", "4")
     losses = [[line["loss"] for line in json_lines(folder / "metrics.jsonl")] for folder in (large, small)]
-    assert len(losses[0]) == 1 and losses[0] == pytest.approx(losses[1], abs=bound)
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=bound)
 
 
 def test_gradient_checkpointing_is_the_same_training(runs, monkeypatch):
@@ -336,4 +348,4 @@ def test_norms_and_biases_have_no_weight_decay():
     assert {id(p) for p in decayed} == {id(p) for p in (
         edits.edits.W, edits.edits.router[0].weight, edits.edits.router[2].weight)}
     groups = edits.param_groups(1.0, 0.1)
-    assert len({id(p) for group in groups for p in group["params"]}) == 7 and groups[2]["lr"] == 4e-3
+    assert len({id(p) for group in groups for p in group["params"]}) == 7 and groups[2]["lr"] == 0.4

@@ -68,10 +68,9 @@ def main():
     if args.formats:
         return show_formats()
     tokenizer = Tokenizer.from_pretrained(args.base)
-    template, source = choose("short" if not args.files and args.template == "auto" else args.template, tokenizer,
-                              Path(args.base))
+    template, source = choose(args.template, tokenizer, Path(args.base))
+    print(f"template: {source}")
     if args.files:
-        print(f"template: {source}")
         tasks = {name: (kind, FORMATS[kind].score, rows) for name, (kind, rows) in read_files(args.files).items()}
     else:
         tasks = {name: (kind, exact, suite.generate(name, "train")[:2000]) for name, (kind, _) in suite.TASKS.items()}

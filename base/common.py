@@ -1,0 +1,6 @@
+"""stub"""
+from data import Suite
+
+
+def load(split, limit):
+    return Suite([], [], {}, {}, {}, {})
