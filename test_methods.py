@@ -31,9 +31,9 @@ from engine.flags import Stopped
 from data import Segment
 from model import (Adapter, Cache, Context, Llama, LlamaConfig, UserError, find_linears, labelled_positions,
                    open_tensors, parse_layers)
+from reproduce.gates import gates_by_task
 from tests.helpers import (BASE, HERE, QUICK, builtin_examples, cli, clone, json_lines, perturb, random_ids, settled,
                            tiny, trained_on_builtin)
-from tools.plot import gates_by_task
 
 # ---------------------------------------------------------------------------------------------- every method
 

@@ -6,11 +6,26 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import data
 from engine.flags import Parser, command_line
 from model import UserError
-from tools.plot import gates_by_task
 from train import Config, load_data, load_run
+
+
+@torch.no_grad()
+def gates_by_task(model, adapter, tests, pad):
+    """{task: mean gates (k,)} over encoded examples. Only embeddings are needed: the router reads nothing else."""
+    means = {}
+    for task, examples in tests.items():
+        total = 0.0
+        for start in range(0, len(examples), 64):
+            batch = data.collate(examples[start : start + 64], pad).to(model.device)
+            adapter.edits.route(model.model.embed_tokens(batch.ids), batch.ctx)
+            total = total + batch.ctx.memory["gates"].sum(0)
+        means[task] = (total / len(examples)).tolist()
+    return means
 
 
 def table(title, columns, rows):

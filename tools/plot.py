@@ -1,38 +1,16 @@
-"""Pictures of finished runs: loss, scores before and after, and what each method learned.
+"""Pictures of finished runs: loss, scores before and after, and CoFiTune's search.
 
     python -m tools.plot out/multilora                       # out/multilora/plot.png
     python -m tools.plot out/lora out/csreft out/cofitune --png runs.png
-
-CS-ReFT shows the mean gates of each task, MultiLoRA and LoRA the singular values of their updates, CoFiTune the nodes
-of its search, each at its best share of the step.
 """
 
 import json
 from pathlib import Path
 
-import torch
-
-import data
 from cofitune import harmonic, title
 from engine.flags import Parser, command_line
 from engine.table import wilson
-from model import LINEARS, read_json, written
-from multilora import singular_values
-from train import Config, load_data, load_run
-
-
-@torch.no_grad()
-def gates_by_task(model, adapter, tests, pad):
-    """{task: mean gates (k,)} over encoded examples. Only embeddings are needed: the router reads nothing else."""
-    means = {}
-    for task, examples in tests.items():
-        total = 0.0
-        for start in range(0, len(examples), 64):
-            batch = data.collate(examples[start : start + 64], pad).to(model.device)
-            adapter.edits.route(model.model.embed_tokens(batch.ids), batch.ctx)
-            total = total + batch.ctx.memory["gates"].sum(0)
-        means[task] = (total / len(examples)).tolist()
-    return means
+from model import read_json, written
 
 
 def draw_loss(axes, runs):
@@ -66,25 +44,6 @@ def draw_scores(axes, runs):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
 
 
-def draw_gates(axes, name, gates):
-    image = axes.imshow(list(gates.values()), vmin=0, vmax=1, aspect="auto", cmap="Blues")
-    axes.set_yticks(range(len(gates)), gates)
-    axes.set_xticks(range(len(next(iter(gates.values())))))
-    axes.set(title=f"{name}: mean gates", xlabel="subspace")
-    axes.figure.colorbar(image, ax=axes)
-
-
-def draw_spectra(axes, name, adapter):
-    rank = adapter.report()["total_rank"]
-    for kind in LINEARS:
-        values = [singular_values(delta, rank) for weight, delta in adapter.deltas().items()
-                  if weight.endswith(f"{kind}.weight")]
-        if values:
-            axes.plot(range(1, len(values[0]) + 1), torch.stack(values).mean(0), "o-", markersize=3, label=kind)
-    axes.set(title=f"{name}: singular values of ΔW, of sum 1", xlabel="number", ylim=(0, None))
-    axes.legend()
-
-
 def draw_tree(axes, run, chosen):
     """A search's nodes by what they learned and kept, each at its best share; a star for the chosen one."""
     for file in sorted(run.glob("search/*/results.json")):
@@ -97,23 +56,13 @@ def draw_tree(axes, run, chosen):
              xlim=(0, 100), ylim=(0, 100))
 
 
-def panels_of(run, results):
-    """[function of axes] for what a run's method learned."""
+def tree_of(run, results):
+    """[function of axes] that draws the search of a run, where it made one."""
     report = results["report"]
-    if (run / "search").exists():
-        chosen = f"{report['layers'].replace('%', '')}-{title(report['modules']).replace(',', '+')}"
-        return [lambda axes: draw_tree(axes, run, chosen)]
-    if not {"total_rank", "edit_parameters"} & report.keys():
+    if not (run / "search").exists():
         return []
-    model, adapter, saved = load_run(run)
-    if hasattr(adapter, "deltas"):
-        return [lambda axes: draw_spectra(axes, run.name, adapter)]
-    if adapter.edits.router is None:
-        return []
-    config = Config(**saved["asked"]["settings"])
-    suite, tokenizer, _ = load_data(config, limit=min(config.eval_limit or 50, 50), train=False)
-    gates = gates_by_task(model, adapter, suite.tests, tokenizer.pad_id)
-    return [lambda axes: draw_gates(axes, run.name, gates)]
+    chosen = f"{report['layers'].replace('%', '')}-{title(report['modules']).replace(',', '+')}"
+    return [lambda axes: draw_tree(axes, run, chosen)]
 
 
 def main():
@@ -126,7 +75,7 @@ def main():
     import matplotlib.pyplot as plt
     runs = {run: read_json(run / "results.json") for run in args.runs}
     panels = [lambda axes: draw_loss(axes, runs), lambda axes: draw_scores(axes, runs)]
-    panels += [panel for run, results in runs.items() for panel in panels_of(run, results)]
+    panels += [panel for run, results in runs.items() for panel in tree_of(run, results)]
     plt.rcParams.update({"font.size": 9, "legend.fontsize": 7, "legend.frameon": False})
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)

@@ -18,8 +18,8 @@ import train
 from base import suite as builtin
 from engine.flags import command_line
 from model import Llama
+from reproduce.gates import gates_by_task
 from reproduce.runner import ALL, NAMES, claim, column, finish, judge, markdown, over_seeds, verdicts
-from tools.plot import gates_by_task
 
 RUNS = {"csreft": "--method csreft --lr 1e-2", "loreft": "--method loreft --lr 5e-3", "lora": "--method lora --lr 4e-3"}
 FIRST_TOKEN = {"csreft-first-token": "--method csreft --route-on first_token --lr 1e-2"}
