@@ -441,12 +441,13 @@ def load_data(config, split=None, limit=None, train=True):
     tokenizer = data.Tokenizer.from_pretrained(config.base)
     split, limit = split or config.eval_split, config.eval_limit if limit is None else limit
     template, source = formats.choose(config.template, tokenizer, Path(config.base))
-    print(f"template: {source}")
+    ours = formats.chat_template(Path(config.base)).endswith(formats.TEMPLATES["short"])  # tools.pretrain's
+    if not (config.builtin and ours):
+        print(f"template: {source}")
     suite = formats.load([] if config.builtin else config.data, config.eval_data, config.general_data, split, limit,
                          config.mix, choices=config.choices)
-    if config.builtin:  # tools.pretrain gives its bases the template `short`
-        common = not formats.chat_template(Path(config.base)).endswith(formats.TEMPLATES["short"])
-        suite = builtin.load(config.tasks, split, limit, common).joined(suite)
+    if config.builtin:
+        suite = builtin.load(config.tasks, split, limit, common=not ours).joined(suite)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     some = random.Random("validation").sample(suite.validation, min(512, len(suite.validation)))
     suite = replace(suite, train=suite.train if train else [], validation=some if config.eval_every else [])
