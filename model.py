@@ -285,13 +285,48 @@ class Backbone(nn.Module):
 # ---------------------------------------------------------------------------------------------- the model
 
 
-LOGITS = 2**25  # numbers in a piece of the logits whose loss is taken at once: 128 MiB in float32
+LOGITS = 2**24  # numbers in a piece of the logits whose loss is taken at once: 64 MiB in float32
 
 
 def labelled_positions(labels):
     """(N,) positions b T + t of labels (B, T) whose next token has one."""
     row, place = (labels[:, 1:] != -100).nonzero().unbind(1)
     return row * labels.shape[1] + place
+
+
+class SummedLoss(torch.autograd.Function):
+    """- sum over n of log p_n[y_n], p_n = softmax(z_n), of the logits z = head(h) of rows h (N, d), for targets y (N,).
+
+    A piece of rows at a time: its logits, their loss, and at once the gradient, which is p_n - onehot(y_n) at z_n. So
+    no logits are kept for the backward pass, where all at once would decide the peak memory, and none are made twice.
+    params: the head's trained tensors. Returns float64 where the device has it, so that parts add up to the whole.
+    """
+
+    @staticmethod
+    def forward(ctx, head, rows, h, y, *params):
+        total, wanted, found, grads = 0.0, any(ctx.needs_input_grad), [], [torch.zeros_like(p) for p in params]
+        for part, target in zip(h.split(rows), y.split(rows)):
+            with torch.set_grad_enabled(wanted):
+                part = part.detach().requires_grad_(wanted)
+                logits = head(part)
+            z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+            largest, right = z.amax(-1, keepdim=True), z.gather(-1, target[:, None])
+            p = (z - largest).exp_()
+            sums = p.sum(-1, keepdim=True)
+            losses = sums.log() + largest - right
+            total = total + losses.sum(dtype=None if losses.device.type == "mps" else torch.float64)
+            if wanted:
+                p = p.div_(sums).scatter_add_(-1, target[:, None], -torch.ones_like(right))
+                one, *others = torch.autograd.grad(logits, (part, *params), p.to(logits.dtype))
+                found.append(one)
+                grads = [grad.add_(other) for grad, other in zip(grads, others)]
+        ctx.save_for_backward(*([torch.cat(found), *grads] if wanted else ()))
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        h, *grads = (scale * grad for grad in ctx.saved_tensors)
+        return None, None, h, None, *grads
 
 
 class Llama(nn.Module):
@@ -321,18 +356,9 @@ class Llama(nn.Module):
             return self.lm_head(self.model(ids, ctx or Context()))
         h, targets = self.hidden_at_labels(ids, labels, ctx)
         rows = max(1, LOGITS // self.config.vocab_size)
-        if len(h) <= rows:
-            total = self.summed_loss(h, targets)
-        else:  # in pieces, whose logits are made again for the backward pass: all at once would decide the peak memory
-            total = sum(checkpoint(self.summed_loss, *part, use_reentrant=False)
-                        for part in zip(h.split(rows), targets.split(rows)))
+        total = SummedLoss.apply(self.lm_head, rows, h, targets, *(
+            p for p in self.lm_head.parameters() if p.requires_grad))
         return total if reduction == "sum" else total / len(h)
-
-    def summed_loss(self, h, targets):
-        """- sum of log p(target), in float64 where there is one, so that parts add up to the loss of the whole."""
-        logits = self.lm_head(h)
-        losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
-        return losses.sum(dtype=None if losses.device.type == "mps" else torch.float64)
 
     def hidden_at_labels(self, ids, labels, ctx=None):
         """Last hidden states (N, d) at the N positions whose next token has a label, and those labels (N,)."""
