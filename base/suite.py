@@ -8,8 +8,9 @@ never share their operands; facts are asked about in other words.
 import random
 import zlib
 
-from base import common as everyday
-from data import Example, Segment, Suite, exact
+from base.common import COMMON
+from base.common import load as load_common
+from data import Example, Segment, Suite, choice, exact
 from model import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -186,4 +187,6 @@ def load(tasks="all", split="test", limit=0, common=False):
                   {t: generate(t, split)[: limit or None] for t in scored},
                   {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
                   dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])
-    return suite.joined(everyday.load(split, limit)) if common else suite
+    everyday = load_common(split, limit) if common else {}
+    return suite.joined(Suite([], [], everyday, dict.fromkeys(everyday, "general"),
+                              {t: COMMON[t][0] for t in everyday}, dict.fromkeys(everyday, choice)))

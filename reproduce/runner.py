@@ -35,6 +35,7 @@ def arguments(doc, **switches):
     parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder of all runs (%(default)s)")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="runs at a time (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run (%(default)s)")
+    parser.add_argument("--train-flags", default="", help="further flags of train.py, for all runs")
     for name, text in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     args = parser.parse_args()
@@ -47,12 +48,13 @@ def arguments(doc, **switches):
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def start(flags, folder, threads):
+def start(flags, folder, args):
     """The process of one run. A Ctrl-C at the terminal reaches this program alone, and finish() passes it on once."""
-    command = [sys.executable, str(HERE.parent / "train.py"), *shlex.split(flags), "--out", str(folder)]
+    flags = [*shlex.split(flags), *shlex.split(args.train_flags)]
+    command = [sys.executable, str(HERE.parent / "train.py"), *flags, "--out", str(folder)]
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                                env={**os.environ, "OMP_NUM_THREADS": str(threads)}, start_new_session=True)
+                                env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}, start_new_session=True)
 
 
 def finish(runs, args):
@@ -68,7 +70,7 @@ def finish(runs, args):
     try:
         while waiting or working:
             while waiting and len(working) < args.jobs:
-                working[waiting[0]] = start(waiting[0], folders[waiting[0]], args.threads)
+                working[waiting[0]] = start(waiting[0], folders[waiting[0]], args)
                 waiting.pop(0)
             time.sleep(0.1)
             for flags in [flags for flags, process in working.items() if process.poll() is not None]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from functools import cache, partial
@@ -74,6 +75,19 @@ def here(*args, cwd=HERE, code=0):
     out, err = out.getvalue(), err.getvalue()
     assert got == code, f"exit code {got}\n{out[-2000:]}\n{err[-2000:]}"
     return subprocess.CompletedProcess(args, got, out, err)
+
+
+def kill(command, moment, number=signal.SIGKILL):
+    """Starts a command, sends it a signal as soon as moment() is true, and returns the ended process with its output;
+    None where the command ended before."""
+    process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not moment():
+        if process.poll() is not None:
+            return None
+        time.sleep(0.001)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def one_line_error(*args, cwd=HERE, run=here):

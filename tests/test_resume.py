@@ -24,7 +24,8 @@ from engine.checkpoint import Checkpoint
 from engine.flags import Stopped, user_message
 from engine.folder import MARK, RunFolder
 from model import Llama
-from tests.helpers import (BASE, HERE, cli, clone, here, json_lines, one_line_error, start, trained_on_builtin, written)
+from tests.helpers import (BASE, HERE, cli, clone, here, json_lines, kill, one_line_error, start, trained_on_builtin,
+                           written)
 
 COMMON = ("--tasks", "currency", "--steps", "200", "--batch-size", "4", "--eval-limit", "6", "--save-every", "4")
 COMMANDS = {
@@ -62,19 +63,6 @@ def content(folder):
 def lines(out):
     """Records of a run, and of the trials of its search."""
     return sum(file.read_text().count("\n") for file in out.rglob("metrics.jsonl"))
-
-
-def kill(command, moment, number=signal.SIGKILL):
-    """Starts a command, sends it a signal as soon as moment() is true, and returns the ended process with its output;
-    None where the command ended before."""
-    process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not moment():
-        if process.poll() is not None:
-            return None
-        time.sleep(0.001)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 # ---------------------------------------------------------------------------------------------- killed and continued

@@ -1,0 +1,101 @@
+"""All six methods on a real base: two new fact tasks, and what the base keeps of what it knew.
+
+    python -m reproduce.real --seeds 3 --train-flags "--base out/smollm2 --general-data PIQA.jsonl ALPACA.json"
+    python -m reproduce.real --grid --train-flags "--base out/smollm2"   # the default rates against their multiples
+
+Short examples and 150 steps of 8, so that a run on two cores is a matter of minutes. Rates are the defaults, which fall
+with the base's width. CoFiTune's region is the one that a search chooses on the small base. The statements are those of
+`reproduce/claims/`, judged where there are five seeds.
+"""
+
+import json
+import shlex
+
+import train
+from cofitune import harmonic
+from engine.flags import command_line
+from reproduce.compare import METHODS
+from reproduce.runner import (CHOSEN_WITH, NAMES, about, arguments, column, finish, judge, markdown, over_seeds,
+                              scores_of, store, verdicts)
+
+PROTOCOL = "--tasks currency,tool --steps 150 --batch-size 8 --samples 0"
+GRID_PROTOCOL = "--tasks currency,tool --steps 40 --batch-size 8 --samples 0 --eval-limit 1"
+TIMES = (0.25, 0.5, 1, 2, 4)
+REGION = "--layers 50%-100% --modules gate_proj,up_proj,down_proj"
+RUNS = {**{name: f"--method {name}" for name in METHODS}, "cofitune": f"--method cofitune {REGION}",
+        "coarse": f"--method cofitune {REGION} --mask-on none"}
+
+
+def compare(args):
+    """{row: a dictionary for each seed}"""
+    return {name: [brief(run) for run in row] for name, row in over_seeds(
+        {name: f"{flags} {PROTOCOL}" for name, flags in RUNS.items()}, args).items()}
+
+
+def brief(run):
+    """What is kept of a run. loss: of the general tasks that are scored by it."""
+    general = {task: s for task, s in run["tasks"].items() if s["group"] == "general"}
+    known = [s["before"] for s in general.values() if s["unit"] == "%"]
+    return {**scores_of(run), "versatility_before": sum(known) / len(known),
+            "loss": {task: (s["before"], s["after"]) for task, s in general.items() if s["unit"] != "%"},
+            "tasks": {task: s["after"] for task, s in run["tasks"].items()}, "seconds": run["seconds"],
+            "gigabytes": run["peak_memory_bytes"] / 1e9, "effective_rank": run["report"].get("effective_rank")}
+
+
+def judged(section, args):
+    of = lambda name, key: column(section[name], key)
+    H = lambda name: [harmonic({**scores_of(run), "errors": (0.0, 0.0)})[0] for run in section[name]]
+    pairs = (("accuracy on the new tasks: MultiLoRA above LoRA", "multilora", "lora", of, "speciality"),
+             ("ΔW's effective rank: MultiLoRA's above LoRA's", "multilora", "lora", of, "effective_rank"),
+             ("accuracy on the new tasks: CS-ReFT above LoReFT", "csreft", "loreft", of, "speciality"),
+             ("accuracy on the new tasks: CS-ReFT above LoRA", "csreft", "lora", of, "speciality"),
+             ("H of both scores: CoFiTune above SFT", "cofitune", "sft", H),
+             ("H of both scores: CoFiTune above its coarse step alone", "cofitune", "coarse", H))
+    return [judge(text, args.seeds, find(ours, *key), find(theirs, *key)) for text, ours, theirs, find, *key in pairs]
+
+
+def compared(section, claims):
+    """The table of what compare() makes, and the verdicts."""
+    first, *_ = section["sft"]
+    losses = list(first["loss"])
+    rows = [["before training", "", f"{first['versatility_before']:.1f}",
+             *(f"{first['loss'][task][0]:.2f}" for task in losses), "", ""]]
+    for name, runs in section.items():
+        rows.append([NAMES[name], *(about(column(runs, key)) for key in ("speciality", "versatility")),
+                     *(about((run["loss"][task][1] for run in runs), 2) for task in losses),
+                     f"{sum(column(runs, 'seconds')) / len(runs) / 60:.0f}", f"{max(column(runs, 'gigabytes')):.1f}"])
+    table = markdown(["", "speciality", "versatility", *(f"loss on {task}" for task in losses), "minutes", "GB"], rows)
+    return table + (f"\n\n{verdicts(claims)}" if claims else "")
+
+
+def grid(args):
+    """{method: {rate: mean loss of the last ten steps}}"""
+    base, runs = train.parse(["--method", "sft", *shlex.split(args.train_flags)])[0].base, {}
+    for name in METHODS:
+        rate = train.with_rate(train.Config(name, base)).lr
+        for lr in (float(f"{times * rate:.2g}") for times in TIMES):
+            runs[name, lr] = f"{RUNS[name]} {GRID_PROTOCOL} --seed {CHOSEN_WITH} --lr {lr}"
+    results = finish(runs.values(), args)
+    last = lambda run: json.loads((run["folder"] / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    return {name: {lr: last(results[runs[name, lr]]) for of, lr in runs if of == name} for name in METHODS}
+
+
+def tuned(section):
+    return markdown(["method", *(f"{times:g} x the default" for times in TIMES)], [
+        [NAMES[name], *(f"{lr}: {loss:.2f}" for lr, loss in row.items())] for name, row in section.items()])
+
+
+def main():
+    args = arguments(__doc__, grid="the default rates against their multiples instead")
+    if args.grid:
+        section = grid(args)
+        store(args, "rates", section)
+        return print(f"\n{tuned(section)}")
+    section = compare(args)
+    claims = judged(section, args) if len(args.seeds) >= 5 else []
+    store(args, "real", {**section, "claims": claims})
+    print(f"\n{compared(section, claims)}")
+
+
+if __name__ == "__main__":
+    command_line(main)
