@@ -424,6 +424,9 @@ class OwnHooks(Adapter):
     def tensors(self):
         return {**super().tensors(), "count": self.count, "skip": self.skip}
 
+    def scored(self, scores, score, suite):
+        return {"same": scores == score(), "means": suite.means(scores)}
+
 
 OWN = SimpleNamespace(attach=OwnHooks), OwnConfig(3.0)
 
@@ -447,7 +450,8 @@ def test_a_methods_optimiser_and_its_integers_continue_to_the_same_bytes(tmp_pat
         train.run(stopped)
     with open_tensors(tmp_path / "stopped" / "checkpoint.safetensors") as saved:
         assert saved.get_tensor("adapter.count") == 4 and saved.get_tensor("optimizer.0.momentum_buffer").any()
-    train.run(stopped)
+    found = train.run(stopped)
+    assert found["same"] and found["means"] == (found["speciality"], found["versatility"])
     files = [tmp_path / name / "adapter.safetensors" for name in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
     adapter = train.load_run(tmp_path / "stopped")[1]
