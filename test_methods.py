@@ -123,7 +123,7 @@ def test_multilora_init_trains_float32_or_more(base, wanted):
     (3, 2.0, "vector", "row o of B_i A_i is multiplied by s_i[o]"),
     (3, 5.0, "scalar", "B_i A_i is multiplied by its own number s_i"),
 ], ids=["B A", "alpha over r", "sum", "vector", "scalar"])
-def test_multilora_factors_multiply_to_the_update(n, alpha, scaling, words):
+def test_multilora_factors_and_delta_multiply_to_the_update(n, alpha, scaling, words):
     m = update_of(n, alpha, scaling)
     down, up = m.factors()
     assert (down.shape, up.shape) == ((2 * n, 10), (7, 2 * n)), "factors() are down (n r, in) and up (out, n r)"
@@ -152,9 +152,9 @@ def test_multilora_attach_adds_the_update_to_the_targets_alone():
     model = tiny(torch.float64)
     multilora.attach(model, multilora.Config(3, 2, 5.0, dropout=0.5, targets="q_proj, down_proj"))
     perturb(model, 0.3)
-    trained = {name.split(".", 2)[2] for name, p in model.named_parameters() if p.requires_grad}
-    wanted = {f"{i}.{name}.multilora.{key}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
-              for key in "ABs"}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {f"model.layers.{i}.{name}.multilora.{key}" for i in (0, 1) for key in "ABs"
+              for name in ("self_attn.q_proj", "mlp.down_proj")}
     assert trained == wanted, f"the base is frozen, A, B and s of each target are trained; wrong: {trained ^ wanted}"
     linear, x = model.model.layers[1].mlp.down_proj, torch.randn(4, 7, 48, dtype=torch.float64)
     got = linear(x)
@@ -187,7 +187,7 @@ def test_multilora_merge_adds_the_update_to_the_weight_and_rounds_once(dtype):
     assert torch.equal(model(ids), merged(ids)), "merge() takes the hooks away: the update was added twice"
 
 
-def test_multilora_report_is_of_singular_values_divided_by_their_sum():
+def test_multilora_report_is_of_singular_values_over_their_sum_and_their_spread():
     q, _ = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64))
     delta = q @ torch.diag(torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64)) @ q.T
     same(multilora.singular_values(delta, 4), [0.5, 0.375, 0.125, 0.0], "singular values 4, 3, 1, 0 over their sum, 8")
@@ -274,7 +274,7 @@ def naive_edit(edits, i, h, gates, edited=None):
     return torch.stack(rows).view(h.shape)
 
 
-def test_csreft_config_has_the_docstrings_defaults():
+def test_csreft_config_and_parse_positions_are_as_the_docstring_says():
     found = csreft.Config()
     wanted = replace(found, layers="all", positions="all", route_on="prompt_mean", router=True, router_norm=True,
                      gate="soft", ortho="joint", sparsity=0.0)
@@ -471,7 +471,7 @@ def test_csreft_penalty_is_the_mean_gate():
     assert csreft.attach(tiny(), csreft_config()).penalty(Context()) == 0, "without --sparsity there is no penalty"
 
 
-def test_csreft_report_has_the_largest_departure_from_orthonormal_rows_and_after_step_ends_it():
+def test_csreft_orthonormality_error_in_report_is_the_largest_and_after_step_ends_it():
     for ortho, wanted in (("joint", 0.3), ("separate", 0.2)):
         adapter = csreft.attach(tiny(torch.float64), csreft_config(ortho=ortho))
         edits = adapter.edits
@@ -583,9 +583,10 @@ def batches(model, count=2, batch=3):
         yield data.Batch(ids, labels, Context(labels == -100, torch.zeros(batch, dtype=torch.long)))
 
 
-def test_cofitune_config_has_the_docstrings_defaults():
+def test_cofitune_config_and_parse_shares_are_as_the_docstring_says():
     found = cofitune.Config()
-    assert (found.layers, found.mask_on, found.mask_source) == ("search", "update", "importance")
+    wanted = replace(found, layers="search", mask_on="update", mask_source="importance", shares="")
+    assert found == wanted, f"what the docstring says of --layers, --mask-on, ...: {wanted}, found {found}"
     sft = cofitune.PRESETS["sft"]
     assert (sft.layers, sft.modules, sft.mask_on) == ("all", "all", "none"), "SFT trains everything, without a mask"
     assert cofitune.parse_shares("1,0.25,0.5,") == [0.25, 0.5, 1.0], "shares are in order"
@@ -656,7 +657,7 @@ def test_cofitune_plan_keeps_the_wider_node_unless_one_inside_it_is_better():
         assert chosen == wanted, f"H is 50 for the wider node, {inside} for its quarter: chosen is {chosen}"
 
 
-def test_cofitune_plan_prints_the_tree_with_both_sums_and_means(capsys):
+def test_cofitune_plan_and_draw_tree_show_sums_and_harmonic_means(capsys):
     """The base is a = 0 of the node that trains everything, and no candidate."""
     points = {("all", "all", 0.0): (4, 99), ("all", "all", 0.5): (80, 90), ("25%-75%", FFN, 0.75): (30, 60),
               ("50%-100%", FFN, 1.0): (30, 59)}
@@ -666,7 +667,7 @@ def test_cofitune_plan_prints_the_tree_with_both_sums_and_means(capsys):
     for name, wanted in {"base": "0 4.0±1.0 99.0±1.0 103.0 7.7±1.8", "SFT": "0.5 80.0±1.0 90.0±1.0 170.0 84.7±0.7",
                          "25%-75% FFN *": "0.75 30.0±1.0 60.0±1.0 90.0 40.0±0.9"}.items():
         assert rows.get(name) == wanted.split(), f"{name}: a, S, V, Uni = S + V, H are {wanted}, found {rows.get(name)}"
-    assert "other nodes within one standard error of the chosen one: 1\n" in said, "50%-100% has H = 39.8"
+    assert "standard error of the chosen one: 1\n" in said, "one rival, 50%-100%: its H of 39.8 is above 40.0 - 0.9"
     assert "chosen: --layers 25%-75% --modules gate_proj,up_proj,down_proj" in said
 
 
@@ -798,7 +799,7 @@ def test_cofitune_prepare_makes_the_mask_1_minus_I_or_shuffles_it(monkeypatch):
 
 
 @pytest.mark.parametrize("mask_on", ["update", "grad"])
-def test_cofitune_steps_move_a_unit_by_its_mask_times_the_free_step(monkeypatch, mask_on):
+def test_cofitune_masked_rows_move_by_1_minus_I_in_before_step_or_after_step(monkeypatch, mask_on):
     """Plain gradient descent with weight decay (`update`: without it for `grad`) on non-square weights, biases and
     grouped queries. The mask is 1 - I."""
     moves, grads = {}, {}
@@ -826,7 +827,7 @@ def test_cofitune_steps_move_a_unit_by_its_mask_times_the_free_step(monkeypatch,
         assert moves["none"][name].abs().max() > 0, name
 
 
-def test_cofitune_tensors_hold_the_importance_and_a_continued_run_has_its_mask_again(monkeypatch):
+def test_cofitune_tensors_and_load_tensors_keep_the_importance_of_a_continued_run(monkeypatch):
     adapter, scores = prepared(monkeypatch)
     saved = {name: t.clone() for name, t in adapter.tensors().items()}
     assert saved.keys() == adapter.trained.keys() | {f"importance.{name}" for name in scores}, "what is saved"
@@ -886,7 +887,7 @@ def test_cofitune_report_has_the_mean_mask_over_all_trained_numbers(monkeypatch)
     ("1", "up_proj, q_proj", r"model\.layers\.1\.(mlp\.up|self_attn\.q)_proj\.(weight|bias)"),
     ("0%-25%", "down_proj", r"model\.layers\.[012]\.mlp\.down_proj\.(weight|bias)"),
     ("1,3", "all", r"model\.layers\.[13]\..*"), ("all", "all", ".*")], ids=["layer 1", "range", "layers", "everything"])
-def test_cofitune_attach_trains_the_chosen_weights_and_biases_alone(layers, modules, wanted):
+def test_cofitune_choose_and_attach_train_the_chosen_weights_and_biases_alone(layers, modules, wanted):
     """Of 12 layers: layer 1 is not layer 11."""
     model = tiny(num_hidden_layers=12, attention_bias=True, mlp_bias=True)
     adapter = cofitune.attach(model, cofitune_config(layers=layers, modules=modules, mask_on="none"))
@@ -915,7 +916,7 @@ def test_cofitune_masks_the_update_because_adam_cancels_a_constant_factor_on_the
 @pytest.mark.parametrize("method", [multilora, csreft, cofitune], ids=lambda method: method.__name__)
 def test_the_worked_example_holds(method):
     failed, tried = doctest.testmod(method)
-    assert tried >= 4 and not failed
+    assert tried >= 4 and not failed, f"the docstring's example fails: python -m doctest {method.__name__}.py shows it"
 
 
 @pytest.mark.parametrize("name", sorted(train.find_methods()))
@@ -927,9 +928,9 @@ def test_every_method_starts_at_the_base(name):
         before = model(ids)
         method, config = settled(name)
         train.start_adapter(model, method, config)
-        assert torch.equal(model(ids), before)
+        assert torch.equal(model(ids), before), "before training the model is the base, bit for bit"
         perturb(model)
-        assert not torch.equal(model(ids), before)
+        assert not torch.equal(model(ids), before), "what is trained has no part in the model"
 
 
 @pytest.mark.parametrize("name", sorted(train.find_methods()))
@@ -938,7 +939,7 @@ def test_an_adapters_whole_life(tmp_path, name):
     method, config = settled(name)
     model, adapter = trained_on_builtin(method, config, lr=1e-3)
     base, after, tensors = load_file(BASE / "model.safetensors"), model.state_dict(), adapter.tensors()
-    assert any(not torch.equal(t, base[key]) if key in base else True for key, t in tensors.items())
+    assert any(not torch.equal(t, base[key]) if key in base else True for key, t in tensors.items()), "nothing moved"
     for key in base.keys() - tensors.keys():
         assert torch.equal(after[key], base[key]), f"the frozen {key} moved"
     ids = random_ids(model)
@@ -949,7 +950,7 @@ def test_an_adapters_whole_life(tmp_path, name):
         plain = again.state_dict().keys()
         assert (again(ids) - trained).abs().max() > 1e-3, "training changed nothing"
         train.start_adapter(again, method, config).load_tensors(load_file(tmp_path / "adapter.safetensors"))
-        assert torch.equal(again(ids), trained)
+        assert torch.equal(again(ids), trained), "tensors() and load_tensors() do not restore the whole method"
         if after.keys() != plain:  # the method has tensors that a checkpoint has no place for
             with pytest.raises(UserError, match="merge"):
                 model.save_pretrained(tmp_path)
@@ -958,8 +959,8 @@ def test_an_adapters_whole_life(tmp_path, name):
         except UserError as error:
             assert "cannot be merged" in str(error) and torch.equal(model(ids), trained)
             return
-        assert model.state_dict().keys() == plain
-        torch.testing.assert_close(model(ids), trained, atol=1e-4, rtol=0)
+        assert model.state_dict().keys() == plain, "merge() takes the method out of the model, or raises a UserError"
+        same(model(ids), trained, "merge() leaves what the model computes as it is", atol=1e-4)
         model.save_pretrained(tmp_path / "merged")
         assert torch.equal(Llama.from_pretrained(tmp_path / "merged")(ids), model(ids))
 
@@ -984,8 +985,9 @@ def test_every_method_trains_float32_tensors_beside_a_bfloat16_base(name):
     model, adapter = trained_on_builtin(method, config, steps=3, dtype=torch.bfloat16)
     with model.autocast():
         assert model(random_ids(model)).dtype == torch.bfloat16
-    for p in model.parameters():
-        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+    for key, p in model.named_parameters():
+        wanted = torch.float32 if p.requires_grad else torch.bfloat16
+        assert p.dtype == wanted, f"{key}, trained: {p.requires_grad}, is {wanted}, found {p.dtype}"
     assert all(t.isfinite().all() for t in adapter.tensors().values())
     tokenizer, _ = builtin_examples()
     tests = {"add": data.encode(builtin.generate("add", "test")[:5], tokenizer, ["add"])}

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -24,12 +24,7 @@ from tests.helpers import (BASE, greedy_without_cache, perturb, random_ids, refu
                            trained_on_builtin)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def same(got, wanted, words, atol=1e-9):
-    """Fails with these words where two tensors (or lists of numbers) differ."""
-    torch.testing.assert_close(torch.as_tensor(got, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64),
-                               atol=atol, rtol=0, msg=lambda text: f"{words}: {' '.join(text.split())}")
+close = partial(torch.testing.assert_close, atol=1e-9, rtol=0, check_dtype=False)
 
 
 # ---------------------------------------------------------------------------------------------- blocks
@@ -46,32 +41,46 @@ def random_block(block):
 
 @torch.no_grad()
 def test_rms_norm_divides_by_the_root_of_mean_square_plus_eps():
-    norm, x = random_block(RMSNorm(5, 0.5)), torch.randn(3, 5, dtype=torch.float64)
+    norm, x = random_block(RMSNorm(5, 0.5)), torch.randn(3, 5).double()
     wanted = [[w * v / math.sqrt(sum(v * v for v in row) / 5 + 0.5) for w, v in zip(norm.weight.tolist(), row)]
               for row in x.tolist()]
-    same(norm(x), wanted, "RMSNorm is weight * x / sqrt(mean(x^2) + eps), here with eps = 0.5")
+    close(norm(x), torch.tensor(wanted).double(), atol=1e-6, msg="RMSNorm is weight * x / sqrt(mean(x^2) + eps)")
 
 
-def test_rope_frequencies_are_powers_of_theta_and_linear_divides_them():
-    config = LlamaConfig(8, 32, 8, 1, 4, rope_theta=500.0)
-    plain = [500.0 ** (-2 * i / 8) for i in range(4)]
-    same(rope_frequencies(config), plain, "the frequency of pair i is theta^(-2i / hd), with hd = 8", atol=1e-6)
-    config.rope_scaling = {"rope_type": "linear", "factor": 4.0}
-    same(rope_frequencies(config), [f / 4 for f in plain], "RoPE linear divides by its factor, here 4", atol=1e-6)
+def test_rope_frequencies_are_powers_of_theta_scaled_by_the_published_rules():
+    """Written out for each frequency, as the papers' code does it with branches."""
+    config = LlamaConfig(8, 64, 8, 1, 2, rope_theta=500000.0)
+    linear = {"rope_type": "linear", "factor": 4.0}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}
+    found = [rope_frequencies(replace(config, rope_scaling=scaling)).tolist() for scaling in (None, linear, llama3)]
+    for i, (plain, divided, blended) in enumerate(zip(*found)):
+        freq = 500000.0 ** (-2 * i / 32)
+        wavelength = 2 * math.pi / freq
+        if wavelength > 8192 / 1.0:
+            wanted = freq / 8
+        elif wavelength < 8192 / 4.0:
+            wanted = freq
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            wanted = (1 - smooth) * freq / 8 + smooth * freq
+        assert plain == pytest.approx(freq, rel=1e-5), f"pair {i} has theta^(-2i / hd) = {freq}, with hd = 32"
+        assert divided == pytest.approx(freq / 4, rel=1e-5), "linear divides every frequency by its factor"
+        assert blended == pytest.approx(wanted, rel=1e-5), f"llama3: a wave of {wavelength:.0f} tokens has {wanted}"
 
 
 def test_rotate_turns_channel_i_with_channel_i_plus_half_as_a_complex_number():
-    x, angles = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(1, 1, 5, 4, dtype=torch.float64)
+    x, angles = torch.randn(2, 3, 5, 8).double(), torch.randn(1, 1, 5, 4).double()
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     both = torch.cat((-angles, angles), -1)
-    same(rotate(x, both.cos(), both.sin()), torch.cat((turned.real, turned.imag), -1),
-         "the pair (x_i, x_{i + hd/2}) is turned to (a cos - b sin, b cos + a sin)")
+    close(rotate(x, both.cos(), both.sin()), torch.cat((turned.real, turned.imag), -1),
+          msg="the pair (a, b) = (x_i, x_{i + hd/2}) is turned to (a cos - b sin, b cos + a sin)")
 
 
 @torch.no_grad()
 def test_attention_is_causal_with_two_query_heads_to_a_key_value_head():
     """One head and one token at a time, where positions turn by no angle and where they do."""
-    block, x = random_block(Attention(SHAPE, 0)), torch.randn(2, 5, 32, dtype=torch.float64) / 4
+    block, x = random_block(Attention(SHAPE, 0)), torch.randn(2, 5, 32).double() / 4
     for words, angles in (("without rotation", torch.zeros(1, 1, 5, 4)), ("rotated", torch.randn(1, 1, 5, 4))):
         angles = torch.cat((-angles, angles), -1).double()
         cos, sin = angles.cos(), angles.sin()
@@ -81,32 +90,34 @@ def test_attention_is_causal_with_two_query_heads_to_a_key_value_head():
             q, k = (rotate(t.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1) for t in (q, k))
             for t in range(5):
                 heads = []
-                for h in range(4):  # query heads 0 and 1 read key-value head 0
+                for h in range(4):
                     weights = torch.stack([q[t, h] @ k[s, h // 2] / math.sqrt(8) for s in range(t + 1)]).softmax(0)
                     heads.append(sum(w * v[s, h // 2] for s, w in enumerate(weights)))
-                same(got[b, t], torch.cat(heads) @ block.o_proj.weight.T,
-                     f"attention of token {t} {words}: softmax over tokens 0 to t of q k / sqrt(hd), head h with "
-                     "key-value head h // 2, q and k rotated, v not")
+                close(got[b, t], torch.cat(heads) @ block.o_proj.weight.T, msg=(
+                    f"token {t}, {words}: softmax over tokens 0 to {t} of q k / sqrt(hd), query head h with key-value "
+                    "head h // 2, q and k rotated and v not"))
 
 
 @torch.no_grad()
 def test_mlp_multiplies_silu_of_the_gate_by_up():
-    block, x = random_block(MLP(SHAPE)), torch.randn(3, 32, dtype=torch.float64) / 4
+    block, x = random_block(MLP(SHAPE)), torch.randn(3, 32).double() / 4
     gate, up = x @ block.gate_proj.weight.T, x @ block.up_proj.weight.T
-    same(block(x), (gate / (1 + torch.exp(-gate)) * up) @ block.down_proj.weight.T,
-         "the MLP is down(silu(gate(x)) * up(x)), silu(z) = z sigmoid(z)")
+    close(block(x), (gate / (1 + torch.exp(-gate)) * up) @ block.down_proj.weight.T,
+          msg="the MLP is down(silu(gate(x)) * up(x)), with silu(z) = z sigmoid(z)")
 
 
 @torch.no_grad()
 def test_a_layer_adds_both_blocks_to_the_stream_each_behind_its_own_norm():
-    model, ids = tiny(torch.float64), random_ids(tiny())
-    layer, ctx, seen = model.model.layers[0], Context(), []
-    layer.register_forward_hook(lambda layer, args, h: seen.extend((args[0], h, args[1])))
+    model, ids, ctx, seen = tiny(torch.float64), random_ids(tiny()), Context(), []
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda layer, args, h: seen.extend((*args, h)))
     model(ids, ctx=ctx)
-    h, got, given = seen
+    h, given, got = seen
     middle = h + layer.self_attn(layer.input_layernorm(h), given)
-    same(got, middle + layer.mlp(layer.post_attention_layernorm(middle)),
-         "h = h + attention(norm_1(h)), then h + mlp(norm_2(h))")
+    close(got, middle + layer.mlp(layer.post_attention_layernorm(middle)),
+          msg="h = h + attention(input_layernorm(h)), then h = h + mlp(post_attention_layernorm(h))")
+    turns = torch.arange(11)[:, None] * rope_frequencies(model.config)
+    close(given.rope[0][0, 0], torch.cat((turns, turns), -1).cos(), atol=1e-6, msg="position t is turned t times")
     assert ctx == Context(), "a pass works on a copy of its Context"
 
 
@@ -118,8 +129,8 @@ def test_labels_are_those_of_the_next_token_and_the_loss_is_their_mean():
     assert labelled_positions(labels).tolist() == [1, 2], "positions 1 and 2 of row 0 have a next token with a label"
     chances = model(ids).log_softmax(-1)
     wanted = -(chances[0, 1, 7] + chances[0, 2, 8])
-    same(model(ids, labels, reduction="sum"), wanted, "logits at t are held against the label at t + 1")
-    same(model(ids, labels), wanted / 2, "the loss is the mean over labelled tokens")
+    close(model(ids, labels, reduction="sum"), wanted, msg="logits at t are held against the label at t + 1")
+    close(model(ids, labels), wanted / 2, msg="the loss is the mean over labelled tokens")
 
 
 @torch.no_grad()
@@ -127,7 +138,7 @@ def test_a_sample_has_the_probabilities_at_its_temperature():
     model, generator = tiny(), torch.Generator().manual_seed(0)
     wanted = (model(torch.tensor([[5, 6]]))[0, -1] / 0.5).softmax(-1)
     drawn = torch.tensor(model.generate([[5, 6]] * 20_000, 1, temperature=0.5, generator=generator)).flatten()
-    same(drawn.bincount(minlength=96) / 20_000, wanted, "samples follow softmax(logits / T), here T = 0.5", atol=0.02)
+    close(drawn.bincount(minlength=96) / 20_000, wanted, atol=0.02, msg="samples follow softmax(logits / T), T = 0.5")
 
 
 def test_more_tokens_than_positions_are_refused():
@@ -228,24 +239,6 @@ def test_base_agrees_with_transformers():
             torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits, atol=1e-4, rtol=0)
 
 
-def test_rope_scaling_follows_the_published_rules():
-    """Written out for each frequency, as the papers' code does it with branches."""
-    config = LlamaConfig(8, 64, 8, 1, 1, rope_theta=500000.0, rope_scaling={
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192})
-    for i, got in enumerate(rope_frequencies(config).tolist()):
-        freq = 500000.0 ** (-2 * i / 64)
-        wavelength = 2 * math.pi / freq
-        if wavelength > 8192 / 1.0:
-            wanted = freq / 8
-        elif wavelength < 8192 / 4.0:
-            wanted = freq
-        else:
-            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            wanted = (1 - smooth) * freq / 8 + smooth * freq
-        assert got == pytest.approx(wanted, rel=1e-5)
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_generation_in_a_batch_equals_one_by_one_and_no_cache(kv_heads):
@@ -255,8 +248,9 @@ def test_generation_in_a_batch_equals_one_by_one_and_no_cache(kv_heads):
     stop = {free[0][5], free[1][3]}  # tokens that do come up, so that rows stop at different times
     for wanted_stop in ((), stop):
         wanted = [greedy_without_cache(model, p, 12, wanted_stop) for p in prompts]
-        assert model.generate(prompts, 12, wanted_stop) == wanted
-        assert [model.generate([p], 12, wanted_stop)[0] for p in prompts] == wanted
+        alone = [model.generate([p], 12, wanted_stop)[0] for p in prompts]
+        assert alone == wanted, "the cache changes nothing: each prompt by itself continues as without one"
+        assert model.generate(prompts, 12, wanted_stop) == wanted, "nor do other, longer prompts in the batch"
     assert {len(row) for row in wanted} != {12}, "no row stopped early: the test shows nothing"
 
 
