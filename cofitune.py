@@ -6,8 +6,8 @@ Coarse: a tree search over layer ranges and modules, each node a short fine-tune
     H    = 2 S V / (S + V)                                       the paper's is Uni = S + V
 
     level 1   0%-50%, 25%-75%, 50%-100% of the layers, each with attention (MHA) and with the MLP (FFN)
-    level 2   the quarters inside the winner
-    level 3   the modules inside the winner
+    level 2   the quarters inside the winner, with its modules
+    level 3   the modules inside the winner, in its layers; the winner stays chosen unless one inside it has a higher H
 
 Everything outside the chosen layers and modules is frozen. The published finding is FFN up and down projections of
 layers 25%-50%.
@@ -127,11 +127,11 @@ def harmonic(point):
 
 
 def plan(config, model_config, trial):
-    """Chooses layers and modules where `--layers search` asks for it; returns the settled Config.
+    """Chooses layers and modules where `--layers search` asks for it; returns the settled Config. The first node trains
+    everything: SFT, and at a = 0 the base. A node counts by its a > 0 of the highest H.
 
-    trial(name, config, steps=..., lr=...) fine-tunes a fresh copy in a run folder below this one's; its results have a
-    point for each of config.shares.
-    """
+    trial(name, config, steps=..., lr=...) fine-tunes a fresh copy, without a mask; its results have "seconds" and
+    "points", one (as in scored) for each of config.shares."""
     if config.layers != "search":
         return config
     most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values())) + 1
@@ -160,7 +160,6 @@ def plan(config, model_config, trial):
         nodes = [node for node in children(chosen) if inside(node[0], model_config.num_hidden_layers)]
         tree.setdefault(chosen, []).extend(nodes)
         scores.update({node: score(*node)[1] for node in nodes})
-        # The wider node comes first: it stays chosen unless one inside it is better.
         chosen = max(path[-1:] + nodes, key=lambda node: harmonic(scores[node])[0])
         path.append(chosen)
     print(draw_tree(tree, scores, path))
@@ -274,7 +273,7 @@ class CoFiTuneAdapter(Adapter):
         self.base = {name: p.detach().clone() for name, p in trained.items()} if config.shares else {}  # θ_0
 
     def prepare(self, steps):
-        """Importance of the units, before anything has moved."""
+        """masks: 1 - I, before anything has moved; with a random mask I is shuffled among the units of each module."""
         if self.config.mask_on == "none":
             return
         scores = importance(self.model, self.linears, steps, self.config.importance_dropout)
@@ -292,6 +291,7 @@ class CoFiTuneAdapter(Adapter):
 
     @torch.no_grad()
     def before_step(self):
+        """`grad`: the gradient becomes 1 - I of itself. `update`: remembers θ for after_step()."""
         if self.config.mask_on == "grad":
             for p, mask in self.masked():
                 p.grad.mul_(mask)

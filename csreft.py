@@ -104,7 +104,11 @@ DEFAULTS = dict.fromkeys(("csreft", "loreft"), {"lr": 1e-2, "steps": 2000, "batc
 
 
 class CSReFT(nn.Module):
-    """The edits of all chosen layers, and the router that serves them all."""
+    """The edits of all chosen layers, and the router that serves them all.
+
+    Trained: R and W (L, k, r, d), b (L, k, r) for L edited layers; router: Linear, ReLU, Linear with biases as torch
+    starts them, or None. All are float32, or float64 beside such a base. At first R is random, W equal to it, b zero.
+    """
 
     def __init__(self, model, config, layers):
         super().__init__()
@@ -113,7 +117,7 @@ class CSReFT(nn.Module):
         like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         self.config, self.positions = config, parse_positions(config.positions)
         self.off = None  # a subspace to switch off, for the ablation table
-        self.R = nn.Parameter(torch.empty(len(layers), k, r, d, **like))  # L edited layers
+        self.R = nn.Parameter(torch.empty(len(layers), k, r, d, **like))
         nn.init.normal_(self.R)
         self.orthonormalize()
         self.W = nn.Parameter(self.R.detach().clone())
@@ -124,14 +128,15 @@ class CSReFT(nn.Module):
 
     @torch.no_grad()
     def orthonormalize(self):
-        """Nearest-in-span orthonormal rows: the thin QR of R^T, with signs that keep every row's direction."""
+        """Orthonormal rows in place of R's: the thin QR of R^T, with signs that keep every row's direction. Over the
+        k r rows of a layer together, or (--ortho separate) over the r rows of each subspace."""
         rows = self.R.flatten(1, 2) if self.config.ortho == "joint" else self.R  # (L, k r, d) or (L, k, r, d)
         q, upper = torch.linalg.qr(rows.transpose(-1, -2))
         q = q * torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :].to(q.dtype)
         self.R.copy_(q.transpose(-1, -2).reshape(self.R.shape))
 
     def read(self, h, prompt):
-        """x, what the router reads: embeddings h (B, T, d), prompt (B, T) bool -> (B, d)."""
+        """x, what the router reads: embeddings h (B, T, d), prompt (B, T) bool -> (B, d), in R's dtype."""
         h = h.to(self.R.dtype)
         if self.config.route_on == "first_token":
             x = h[:, 0]
@@ -140,7 +145,11 @@ class CSReFT(nn.Module):
         return F.rms_norm(x, x.shape[-1:]) if self.config.router_norm else x
 
     def route(self, h, ctx):
-        """Decides the gates α (B, k) from the embeddings of the prompts; while decoding they stay as they are."""
+        """Decides the gates α (B, k) from the embeddings h (B, T, d); while decoding they stay as they are.
+
+        ctx.memory gets "gates", in R's dtype, and with --positions "edited" (B, T) bool: the prompt's tokens to edit.
+        The subspace number `off`, if any, has the gate 0. Without a prompt mask every token is the prompt's.
+        """
         if ctx.decoding:
             return
         prompt = ctx.prompt_mask
@@ -163,7 +172,8 @@ class CSReFT(nn.Module):
             ctx.memory["edited"] = ((place < first) | (place >= length - last)) & prompt
 
     def edit(self, i, h, ctx):
-        """h (B, T, d) after the i-th edited layer -> h'. All subspaces as one pair of matrix products."""
+        """h (B, T, d) after the i-th edited layer -> h' in h's dtype, by what route() left in ctx.memory. All subspaces
+        as one pair of matrix products."""
         if self.positions is not None and ctx.decoding:
             return h  # only prompt tokens are edited
         r = self.config.rank

@@ -70,7 +70,11 @@ DEFAULTS = {"multilora": {"lr": 5e-3}, "lora": {"lr": 4e-3}}  # of train.py's ow
 
 
 class MultiLoRA(nn.Module):
-    """The update of one linear layer: x (..., in) -> (alpha / r) sum_i s_i * (B_i A_i x), (..., out)."""
+    """The update of one linear layer: x (..., in) -> (alpha / r) sum_i s_i * (B_i A_i x), (..., out).
+
+    Trained: A (n, r, in), B (n, out, r), and s (n, out), for --scaling scalar (n, 1), for none None. At first A is
+    uniform in ±1/sqrt(in), B in ±1/sqrt(r), s zero; for none B is zero. factor: alpha / r.
+    """
 
     def __init__(self, linear, config):
         super().__init__()
@@ -91,7 +95,7 @@ class MultiLoRA(nn.Module):
         up = self.B if self.s is None else self.s[:, :, None] * self.B  # diag(s_i) B_i
         return self.A.flatten(0, 1), self.factor * up.transpose(0, 1).flatten(1)
 
-    def forward(self, x):
+    def forward(self, x):  # with one dropout mask on x, in training alone
         down, up = self.factors()
         return F.linear(F.linear(F.dropout(x, self.dropout, self.training), down), up)
 
@@ -134,6 +138,7 @@ class MultiLoRAAdapter(Adapter):
 
     @torch.no_grad()
     def merge(self):
+        """W + ΔW, added in the wider dtype and rounded once, to W's. The modules and their hooks leave the model."""
         for linear, handle in zip(self.linears.values(), self.handles):
             delta = linear.multilora.delta()
             linear.weight.copy_((linear.weight.to(delta.dtype) + delta).to(linear.weight.dtype))

@@ -1,5 +1,5 @@
-"""The house: which room may use which, how its files are written, and what README promises. What a reader drops beside
-the project's files, such as a method of their own, is not looked at."""
+"""The house: which room may use which, how its files are written, what README promises, and that the tests notice what
+is wrong. What a reader drops beside the project's files, such as a method of their own, is not looked at."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
+from tests import mutate
 from tests.helpers import HERE, cli, here
 from train import find_methods
 
@@ -132,3 +133,17 @@ def test_readmes_python_runs_or_at_least_compiles():
     assert cli("-c", first).stdout == "you did\n"
     for code in others:
         compile(code, "README.md", "exec")
+
+
+def test_every_wrong_version_of_the_code_is_one_that_can_be_made():
+    versions = mutate.wrong_versions()
+    assert sum(file.removesuffix(".py") in METHODS for file, *_ in versions) >= 90 and len(versions) >= 120
+
+
+@pytest.mark.slow
+def test_wrong_versions_of_each_method_are_noticed_in_words():
+    """The first of each; `python -m tests.mutate` makes all of them."""
+    versions = [mutate.wrong_versions(f"{name}.py")[0] for name in METHODS]
+    for (file, what, failure), words in zip(mutate.notice(versions), ("A_i starts uniform", "what the docstring says",
+                                                                      "shares are in order")):
+        assert failure and words in failure[1], (file, what, failure)

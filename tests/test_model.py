@@ -1,9 +1,13 @@
-"""The model: against transformers, against loops written out, and what it refuses to load."""
+"""The model: its blocks against loops written out, in the order in which they are written; the whole against
+transformers; what it refuses to load; and the contract of a method."""
 
 import json
 import math
 import random
+import signal
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +15,140 @@ from safetensors.torch import load_file, save_file
 
 import csreft
 import data
+import train
 from base import suite as builtin
-from model import Context, Llama, LlamaConfig, UserError, parse_layers, rope_frequencies
-from tests.helpers import BASE, greedy_without_cache, perturb, random_ids, refused, their_logits, tiny
+from engine.flags import Stopped
+from model import (Adapter, Attention, Context, Llama, LlamaConfig, MLP, RMSNorm, UserError, labelled_positions,
+                   open_tensors, parse_layers, rope_frequencies, rotate)
+from tests.helpers import (BASE, greedy_without_cache, perturb, random_ids, refused, their_logits, tiny,
+                           trained_on_builtin)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+close = partial(torch.testing.assert_close, atol=1e-9, rtol=0, check_dtype=False)
+
+
+# ---------------------------------------------------------------------------------------------- blocks
+
+SHAPE = LlamaConfig(96, 32, 48, 2, 4, num_key_value_heads=2)  # d = 32, four heads of width 8, two key-value heads
+
+
+@torch.no_grad()
+def random_block(block):
+    for seed, p in enumerate(block.double().parameters()):
+        p.normal_(generator=torch.Generator().manual_seed(seed))
+    return block
+
+
+@torch.no_grad()
+def test_rms_norm_divides_by_the_root_of_mean_square_plus_eps():
+    norm, x = random_block(RMSNorm(5, 0.5)), torch.randn(3, 5).double()
+    wanted = [[w * v / math.sqrt(sum(v * v for v in row) / 5 + 0.5) for w, v in zip(norm.weight.tolist(), row)]
+              for row in x.tolist()]
+    close(norm(x), torch.tensor(wanted).double(), atol=1e-6, msg="RMSNorm is weight * x / sqrt(mean(x^2) + eps)")
+
+
+def test_rope_frequencies_are_powers_of_theta_scaled_by_the_published_rules():
+    """Written out for each frequency, as the papers' code does it with branches."""
+    config = LlamaConfig(8, 64, 8, 1, 2, rope_theta=500000.0)
+    linear = {"rope_type": "linear", "factor": 4.0}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 8192}
+    found = [rope_frequencies(replace(config, rope_scaling=scaling)).tolist() for scaling in (None, linear, llama3)]
+    for i, (plain, divided, blended) in enumerate(zip(*found)):
+        freq = 500000.0 ** (-2 * i / 32)
+        wavelength = 2 * math.pi / freq
+        if wavelength > 8192 / 1.0:
+            wanted = freq / 8
+        elif wavelength < 8192 / 4.0:
+            wanted = freq
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            wanted = (1 - smooth) * freq / 8 + smooth * freq
+        assert plain == pytest.approx(freq, rel=1e-5), f"pair {i} has theta^(-2i / hd) = {freq}, with hd = 32"
+        assert divided == pytest.approx(freq / 4, rel=1e-5), "linear divides every frequency by its factor"
+        assert blended == pytest.approx(wanted, rel=1e-5), f"llama3: a wave of {wavelength:.0f} tokens has {wanted}"
+
+
+def test_rotate_turns_channel_i_with_channel_i_plus_half_as_a_complex_number():
+    x, angles = torch.randn(2, 3, 5, 8).double(), torch.randn(1, 1, 5, 4).double()
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    both = torch.cat((-angles, angles), -1)
+    close(rotate(x, both.cos(), both.sin()), torch.cat((turned.real, turned.imag), -1),
+          msg="the pair (a, b) = (x_i, x_{i + hd/2}) is turned to (a cos - b sin, b cos + a sin)")
+
+
+@torch.no_grad()
+def test_attention_is_causal_with_two_query_heads_to_a_key_value_head():
+    """One head and one token at a time, where positions turn by no angle and where they do."""
+    block, x = random_block(Attention(SHAPE, 0)), torch.randn(2, 5, 32).double() / 4
+    for words, angles in (("without rotation", torch.zeros(1, 1, 5, 4)), ("rotated", torch.randn(1, 1, 5, 4))):
+        angles = torch.cat((-angles, angles), -1).double()
+        cos, sin = angles.cos(), angles.sin()
+        got = block(x, Context(rope=(cos, sin)))
+        for b in range(2):
+            q, k, v = ((x[b] @ p.weight.T).view(5, -1, 8) for p in (block.q_proj, block.k_proj, block.v_proj))
+            q, k = (rotate(t.transpose(0, 1)[None], cos, sin)[0].transpose(0, 1) for t in (q, k))
+            for t in range(5):
+                heads = []
+                for h in range(4):
+                    weights = torch.stack([q[t, h] @ k[s, h // 2] / math.sqrt(8) for s in range(t + 1)]).softmax(0)
+                    heads.append(sum(w * v[s, h // 2] for s, w in enumerate(weights)))
+                close(got[b, t], torch.cat(heads) @ block.o_proj.weight.T, msg=(
+                    f"token {t}, {words}: softmax over tokens 0 to {t} of q k / sqrt(hd), query head h with key-value "
+                    "head h // 2, q and k rotated and v not"))
+
+
+@torch.no_grad()
+def test_mlp_multiplies_silu_of_the_gate_by_up():
+    block, x = random_block(MLP(SHAPE)), torch.randn(3, 32).double() / 4
+    gate, up = x @ block.gate_proj.weight.T, x @ block.up_proj.weight.T
+    close(block(x), (gate / (1 + torch.exp(-gate)) * up) @ block.down_proj.weight.T,
+          msg="the MLP is down(silu(gate(x)) * up(x)), with silu(z) = z sigmoid(z)")
+
+
+@torch.no_grad()
+def test_a_layer_adds_both_blocks_to_the_stream_each_behind_its_own_norm():
+    model, ids, ctx, seen = tiny(torch.float64), random_ids(tiny()), Context(), []
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda layer, args, h: seen.extend((*args, h)))
+    model(ids, ctx=ctx)
+    h, given, got = seen
+    middle = h + layer.self_attn(layer.input_layernorm(h), given)
+    close(got, middle + layer.mlp(layer.post_attention_layernorm(middle)),
+          msg="h = h + attention(input_layernorm(h)), then h = h + mlp(post_attention_layernorm(h))")
+    turns = torch.arange(11)[:, None] * rope_frequencies(model.config)
+    close(given.rope[0][0, 0], torch.cat((turns, turns), -1).cos(), atol=1e-6, msg="position t is turned t times")
+    assert ctx == Context(), "a pass works on a copy of its Context"
+
+
+@torch.no_grad()
+def test_labels_are_those_of_the_next_token_and_the_loss_is_their_mean():
+    model, ids = tiny(torch.float64), random_ids(tiny(), 2, 5)
+    labels = torch.full_like(ids, -100)
+    labels[0, 2:4], labels[1, 0] = torch.tensor([7, 8]), 9  # nothing predicts the very first token
+    assert labelled_positions(labels).tolist() == [1, 2], "positions 1 and 2 of row 0 have a next token with a label"
+    chances = model(ids).log_softmax(-1)
+    wanted = -(chances[0, 1, 7] + chances[0, 2, 8])
+    close(model(ids, labels, reduction="sum"), wanted, msg="logits at t are held against the label at t + 1")
+    close(model(ids, labels), wanted / 2, msg="the loss is the mean over labelled tokens")
+
+
+@torch.no_grad()
+def test_a_sample_has_the_probabilities_at_its_temperature():
+    model, generator = tiny(), torch.Generator().manual_seed(0)
+    wanted = (model(torch.tensor([[5, 6]]))[0, -1] / 0.5).softmax(-1)
+    drawn = torch.tensor(model.generate([[5, 6]] * 20_000, 1, temperature=0.5, generator=generator)).flatten()
+    close(drawn.bincount(minlength=96) / 20_000, wanted, atol=0.02, msg="samples follow softmax(logits / T), T = 0.5")
+
+
+def test_more_tokens_than_positions_are_refused():
+    model = tiny(max_position_embeddings=8)
+    assert len(model.generate([[1, 2, 3]], 5)[0]) == 5
+    with pytest.raises(UserError, match="3 prompt tokens and 6 new ones exceed .* of 8"):
+        model.generate([[1, 2, 3]], 6)
+
+
+# ---------------------------------------------------------------------------------------------- whole models
 
 
 def write_checkpoint(path, raw, dtype=torch.float32, shards=0, absent=(), stray=False, seed=0):
@@ -106,24 +239,6 @@ def test_base_agrees_with_transformers():
             torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits, atol=1e-4, rtol=0)
 
 
-def test_rope_scaling_follows_the_published_rules():
-    """Written out for each frequency, as the papers' code does it with branches."""
-    config = LlamaConfig(8, 64, 8, 1, 1, rope_theta=500000.0, rope_scaling={
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192})
-    for i, got in enumerate(rope_frequencies(config).tolist()):
-        freq = 500000.0 ** (-2 * i / 64)
-        wavelength = 2 * math.pi / freq
-        if wavelength > 8192 / 1.0:
-            wanted = freq / 8
-        elif wavelength < 8192 / 4.0:
-            wanted = freq
-        else:
-            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
-            wanted = (1 - smooth) * freq / 8 + smooth * freq
-        assert got == pytest.approx(wanted, rel=1e-5)
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @torch.no_grad()
 def test_generation_in_a_batch_equals_one_by_one_and_no_cache(kv_heads):
@@ -133,8 +248,9 @@ def test_generation_in_a_batch_equals_one_by_one_and_no_cache(kv_heads):
     stop = {free[0][5], free[1][3]}  # tokens that do come up, so that rows stop at different times
     for wanted_stop in ((), stop):
         wanted = [greedy_without_cache(model, p, 12, wanted_stop) for p in prompts]
-        assert model.generate(prompts, 12, wanted_stop) == wanted
-        assert [model.generate([p], 12, wanted_stop)[0] for p in prompts] == wanted
+        alone = [model.generate([p], 12, wanted_stop)[0] for p in prompts]
+        assert alone == wanted, "the cache changes nothing: each prompt by itself continues as without one"
+        assert model.generate(prompts, 12, wanted_stop) == wanted, "nor do other, longer prompts in the batch"
     assert {len(row) for row in wanted} != {12}, "no row stopped early: the test shows nothing"
 
 
@@ -238,9 +354,9 @@ def test_checkpointing_runs_each_layer_again_and_changes_no_gradient():
 
 
 def test_layer_ranges():
-    assert parse_layers("all", 3) == [0, 1, 2]
-    assert parse_layers("3,1", 4) == [1, 3]
-    assert parse_layers("25%-50%", 8) == [2, 3] and parse_layers("25%-50%", 32) == list(range(8, 16))
+    for text, count, wanted in (("all", 3, [0, 1, 2]), ("3,1", 4, [1, 3]), ("25%-50%", 8, [2, 3]),
+                                ("25%-50%", 32, list(range(8, 16))), ("25%-75%", 2, [0]), ("75%-100%", 2, [1])):
+        assert parse_layers(text, count) == wanted, f"{text} of {count}: lo <= (i + 1/2) / {count} < hi, so {wanted}"
     quarters = [parse_layers(f"{q}%-{q + 25}%", 22) for q in (0, 25, 50, 75)]
     assert sum(quarters, []) == list(range(22)), "quarters must neither overlap nor leave a layer out"
     for wrong in ("90%-10%", "3,9", "-1", "half", "25-50%-75%", "", "1.5"):
@@ -262,3 +378,108 @@ def test_a_tied_head_that_differs_counts_as_in_transformers(tmp_path, capsys):
         torch.testing.assert_close(ours(ids), their_logits(tmp_path, ids), atol=1e-4, rtol=0)
     ours.save_pretrained(tmp_path / "again")
     assert torch.equal(Llama.from_pretrained(tmp_path / "again").lm_head.weight, tensors[HEAD])
+
+
+# ---------------------------------------------------------------------------------------------- the contract
+
+
+@dataclass
+class OwnConfig:
+    factor: float = 1.0
+
+
+class OwnHooks(Adapter):
+    """Trains norms on `factor` times the loss, by gradient descent with momentum. Every third step has no gradient; an
+    integer and a bool remember that."""
+
+    stop_at = None  # the step in which a signal comes
+
+    def __init__(self, model, config):
+        super().__init__(model.requires_grad_(False))
+        self.norms = [layer.input_layernorm.weight.requires_grad_(True) for layer in model.model.layers]
+        self.factor, self.count, self.skip = config.factor, torch.tensor(0), torch.tensor(False)
+
+    def loss(self, batch):
+        return self.factor * super().loss(batch)
+
+    def optimizer(self, lr, weight_decay):
+        return torch.optim.SGD(self.param_groups(lr, weight_decay), momentum=0.9)
+
+    def before_step(self):
+        for p in self.norms:
+            p.grad.mul_(~self.skip)
+
+    def after_step(self):
+        self.count += 1
+        self.skip.fill_(self.count % 3 == 2)
+        if self.count == self.stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    def tensors(self):
+        return {**super().tensors(), "count": self.count, "skip": self.skip}
+
+    def scored(self, scores, score, suite):
+        return {"same": scores == score(), "means": suite.means(scores)}
+
+
+OWN = SimpleNamespace(attach=OwnHooks), OwnConfig(3.0)
+
+
+def test_the_loss_and_the_optimiser_are_those_of_the_method():
+    """Four times the loss at a quarter of the rate is the same descent, bit for bit; Adam would go a quarter as far."""
+    ends = [trained_on_builtin(OWN[0], OwnConfig(factor), lr=lr, clip=0.0)[1].norms
+            for factor, lr in ((1.0, 1e-2), (4.0, 2.5e-3), (1.0, 2.5e-3))]
+    for one, same, other in zip(*ends):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_methods_optimiser_and_its_integers_continue_to_the_same_bytes(tmp_path, monkeypatch):
+    """After a signal in step 4 of 7; an integer and a bool come back as such."""
+    monkeypatch.setattr(train, "find_methods", lambda: {"own": OWN})
+    whole, stopped = (train.Config(method="own", base=str(BASE), tasks="currency", steps=7, batch_size=4, eval_limit=1,
+                                   out=str(tmp_path / name)) for name in ("whole", "stopped"))
+    train.run(whole)
+    monkeypatch.setattr(OwnHooks, "stop_at", 4)
+    with pytest.raises(Stopped, match="stopped after step 4 of 7; the same command continues"):
+        train.run(stopped)
+    with open_tensors(tmp_path / "stopped" / "checkpoint.safetensors") as saved:
+        assert saved.get_tensor("adapter.count") == 4 and saved.get_tensor("optimizer.0.momentum_buffer").any()
+    found = train.run(stopped)
+    assert found["same"] and found["means"] == (found["speciality"], found["versatility"])
+    files = [tmp_path / name / "adapter.safetensors" for name in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    adapter = train.load_run(tmp_path / "stopped")[1]
+    assert (adapter.count, adapter.count.dtype, adapter.skip.dtype) == (7, torch.int64, torch.bool)
+
+
+@torch.no_grad()
+def test_a_context_may_be_used_again():
+    model = tiny()
+    csreft.attach(model, csreft.Config(subspaces=3, rank=2, positions="f2+l2"))
+    perturb(model, 0.5)
+    ids, ctx, plain = random_ids(model), Context(torch.arange(11).expand(3, 11) < 6), Context()
+    assert torch.equal(model(ids, ctx=ctx), model(ids, ctx=ctx))
+    with pytest.raises(ValueError, match=r"\(3, 11\).*\(2, 11\)"):
+        model(ids[:2], ctx=ctx)
+    model(ids, ctx=plain)
+    assert torch.equal(model(ids[:, :5], ctx=plain), model(ids[:, :5]))
+
+
+@torch.no_grad()
+def test_hidden_states_off_the_labels_are_right_too():
+    """Also where the Context names the labelled positions: a value head or a KL on the prompt may read any of them."""
+    model, seen = tiny(torch.float64), []
+    model.model.norm.register_forward_hook(lambda norm, args, h: seen.append(h))
+    ids = random_ids(model)
+    labels = ids.masked_fill(torch.arange(11) < 4, -100)
+    where = Context(labels == -100, labelled=labelled_positions(labels))
+    wanted = model(ids)
+    model(ids, labels, where)
+    torch.testing.assert_close(model.lm_head(model.model(ids, where)), wanted, atol=1e-12, rtol=0)
+    assert len(seen) == 3 and all(torch.allclose(h, seen[0], atol=1e-12, rtol=0) for h in seen)
+
+
+def test_a_hook_on_the_head_reaches_generation():
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda head, args, logits: logits.index_fill(-1, torch.tensor(7), 1e3))
+    assert model.generate([[1, 2], [3]], 3) == [[7, 7, 7]] * 2 != tiny().generate([[1, 2], [3]], 3)
