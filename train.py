@@ -391,18 +391,23 @@ def finite_loss(step, loss, norm, group, lr):
 
 
 def device_and_dtype(config):
-    """(device, dtype) that `--device` and `--dtype` name. Raises UserError for a device that is not there."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = devices.local_device(device)
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]:.80}") from None
-    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bfloat16" if fast else "float32"  # older GPUs emulate bfloat16, slower than float32
-    return torch.device(device), getattr(torch, auto if config.dtype == "auto" else config.dtype)
+    """(device, dtype) that `--device` and `--dtype` name; auto is the first device that adds two numbers. Raises UserError
+    for a device that is not there."""
+    found = [config.device]
+    if config.device == "auto":
+        found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    for device in map(devices.local_device, found):
+        try:
+            fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+            auto = "bfloat16" if fast else "float32"  # older GPUs emulate bfloat16, slower than float32
+            dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+            (torch.ones(1, device=device, dtype=dtype) + 1).item()
+            return torch.device(device), dtype
+        except (RuntimeError, AssertionError, TypeError) as error:
+            message = f"--device {device} cannot be used: {str(error).splitlines()[0]:.120}"
+        if config.device != "auto":
+            raise UserError(message)
+        print(f"note: {message}")
 
 
 def compile_layers(backbone):
