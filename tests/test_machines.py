@@ -1,0 +1,131 @@
+"""Whole runs on machines that this one is not (pretend.py): an Nvidia and an Apple GPU, Windows, a torch without
+distributed, checkouts with other line ends; and in a notebook."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+import train
+from engine import devices
+from engine.flags import Stopped
+from model import Llama, LlamaConfig, UserError
+from tests.helpers import BASE, HERE, cli, clone, here, one_line_error, settled, written
+from tests.pretend import OnDevice, gpu, windows
+
+SIX = ("multilora", "lora", "csreft", "loreft", "cofitune", "sft")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A random base of two narrow layers, with the built-in tokenizer."""
+    folder = tmp_path_factory.mktemp("small") / "base"
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("pretraining", "*.safetensors", "*.py", "__pycache__"))
+    torch.manual_seed(0)
+    Llama(LlamaConfig(512, 32, 48, 2, 4, 2, tie_word_embeddings=True, max_position_embeddings=128)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(small, tmp_path):
+    """job(name, ...) -> (Config, the method's Config) of a short run on few rows."""
+    rows = written(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "completion": f"{i}"} for i in range(40)])
+
+    def make(name, **changes):
+        settings = dict(base=str(small), data=[str(rows)], steps=4, batch_size=4, samples=0, eval_every=4,
+                        out=str(tmp_path / "run"))
+        return train.Config(method=name, **{**settings, **changes}), settled(name)[1]
+    return make
+
+
+def stop_after(monkeypatch, step, look=lambda: None):
+    """A SIGINT in each run's optimiser step of this number, counted over all runs; look() is called at each."""
+    real, count = torch.optim.AdamW.step, iter(range(1, 10**6))
+
+    def stepped(self):
+        look()
+        real(self)
+        if next(count) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
+
+
+# ---------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("name", SIX)
+def test_a_run_stays_on_its_device(name, kind, dtype, job, monkeypatch):
+    """Stopped, continued, scored, loaded, merged; a training step does not wait for the device, but where an Apple GPU
+    has no QR. A cache holds numbers of the computation's dtype."""
+    config, own = job(name, dtype=dtype)
+    waits, caches, wide, narrow = [], [], torch.float32, getattr(torch, dtype)
+    put = model.Cache.put
+    monkeypatch.setattr(model.Cache, "put", lambda self, *args: caches.append(self.layers[0][0]) or put(self, *args))
+    with gpu(kind) as machine:
+        stop_after(monkeypatch, 2, lambda: waits.append(machine.waits))
+        with pytest.raises(Stopped):
+            train.run(config, own)
+        report = train.run(config, own)["report"]
+        assert json.dumps(report, allow_nan=False)
+        each = 1 if kind == "mps" and name in ("csreft", "loreft") else 0
+        assert [waits[1] - waits[0], waits[3] - waits[2]] == [each, each]
+        device, dtype = train.device_and_dtype(config)
+        tuned, adapter, saved = train.load_run(config.out, device, dtype)
+        assert saved["asked"]["device"] == kind and {p.device for p in tuned.parameters()} == {machine.device}
+        assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {wide}
+        if name not in ("csreft", "loreft"):
+            adapter.merge()
+        with tuned.autocast():
+            tuned.generate([[1, 2, 3], [4, 5]], 9, (2,))
+        assert {cache.dtype for cache in caches} == {narrow}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_gpu_that_cannot_add_two_numbers_is_passed_over(kind, capsys):
+    with gpu(kind, broken=True):
+        assert train.device_and_dtype(train.Config()) == (torch.device("cpu"), torch.float32)
+        assert f"note: --device {kind} cannot be used: CUDA error: no kernel image" in capsys.readouterr().out
+        with pytest.raises(UserError, match=f"--device {kind} cannot be used: CUDA error"):
+            train.device_and_dtype(train.Config(device=kind))
+
+
+def test_auto_is_a_dtype_that_the_device_computes_in(tmp_path):
+    auto = lambda **settings: train.device_and_dtype(train.Config(**settings))
+    with gpu("cuda"):
+        assert auto() == (torch.device("cuda"), torch.bfloat16)
+    with gpu("cuda", bfloat16=False):  # emulated
+        assert auto() == (torch.device("cuda"), torch.float32)
+    with gpu("mps"):
+        assert auto() == (torch.device("mps"), torch.float32)
+        assert auto(dtype="float64") == (torch.device("cpu"), torch.float64)
+        message = one_line_error("train.py", "--method", "lora", "--device", "mps", "--dtype", "float64", "--out",
+                                 tmp_path / "run")
+        assert "--device mps cannot be used: Cannot convert a MPS Tensor to float64" in message
+
+
+def test_the_imitation_is_strict():
+    with gpu("mps") as machine:
+        x, y = torch.ones(2, 2, device="mps"), torch.ones(2, 2)
+        assert isinstance(x + 1, OnDevice) and (x.cpu() + y).device.type == "cpu" and y.to("mps").device == x.device
+        assert (x + torch.tensor(1.0)).sum().item() == 8 and machine.waits == 2
+        for wrong in (lambda: x + y, lambda: torch.cat([y, x]), lambda: x[y.long()], lambda: x.double(),
+                      lambda: torch.linalg.qr(x), lambda: y.to("mps", non_blocking=True), lambda: x.numpy()):
+            with pytest.raises((RuntimeError, TypeError)):
+                wrong()
+
+
+def test_no_test_sees_a_gpu_but_a_pretended_one():
+    said = "import torch; print(torch.cuda.is_available.__module__, torch.backends.mps.is_available.__module__)"
+    assert cli("-c", said).stdout.split() == ["sitecustomize"] * 2
+    assert torch.cuda.is_available.__module__ == "sitecustomize" and not torch.backends.mps.is_available()
