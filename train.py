@@ -135,14 +135,22 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------- methods
 
 
+IMPORTED = {}  # {method file: its text at that time}
+
+
 @cache
 def find_methods():
-    """{name: (module, default Config)} of every method file beside this one, and of its presets."""
+    """{name: (module, default Config)} of every method file beside this one, and of its presets. A file that was edited
+    since its import, as in a notebook, is imported anew."""
     methods = {}
     for path in sorted(HERE.glob("*.py")):
-        if "\ndef attach(" not in path.read_text(encoding="utf-8"):
+        text = path.read_text(encoding="utf-8")
+        if "\ndef attach(" not in text:
             continue
         module = importlib.import_module(path.stem)
+        if IMPORTED.get(path, text) != text:
+            importlib.reload(module)
+        IMPORTED[path] = text
         if double := {f.name for f in fields(module.Config)} & {f.name for f in fields(Config)}:
             raise UserError(f"{path.name}: Config has the field {min(double)!r}, which is train.py's: use DEFAULTS")
         for name, defaults in {path.stem: module.Config(), **getattr(module, "PRESETS", {})}.items():
@@ -189,6 +197,8 @@ def run(config, method_config=None, argv=(), trial_data=None):
 
     Raises UserError for a mistake in the settings and for a folder that holds another run, before anything is written.
     """
+    if not trial_data:
+        find_methods.cache_clear()
     method, default = method_of(config.method)
     method_config, out = method_config or default, Path(config.out or f"out/{config.method}")
     check(config)
@@ -236,7 +246,8 @@ def run(config, method_config=None, argv=(), trial_data=None):
         try:
             results = learn(config, model, adapter, suite, tokenizer, folder, keep, trial=trial_data is not None)
         except Stopped as stopped:
-            raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
+            again = f"command continues: {note['command']}" if argv else "call continues"
+            raise Stopped(stopped.number, f"{stopped}; the same {again}") from None
         except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
             left = f"; {out} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
             old = config.overwrite and folder.old.exists()
@@ -391,8 +402,8 @@ def finite_loss(step, loss, norm, group, lr):
 
 
 def device_and_dtype(config):
-    """(device, dtype) that `--device` and `--dtype` name; auto is the first device that adds two numbers. Raises UserError
-    for a device that is not there."""
+    """(device, dtype) that `--device` and `--dtype` name; auto is the first device that can add two numbers. Raises
+    UserError for a device that cannot."""
     found = [config.device]
     if config.device == "auto":
         found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
