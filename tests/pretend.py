@@ -68,7 +68,7 @@ class Rules(TorchFunctionMode):
         if not isinstance(x, torch.Tensor) or isinstance(x, OnDevice):
             return x
         if self.device.type == "mps" and x.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework has none")
         return x.as_subclass(OnDevice)
 
 
@@ -89,7 +89,7 @@ def gpu(kind, broken=False, bfloat16=True):
 
 # ---------------------------------------------------------------------------------------------- Windows
 
-RULES = {"windows": False}  # an audit hook cannot be taken away again
+RULES = {}  # an audit hook is added once, and cannot be taken away again
 
 
 def held(path):
@@ -103,7 +103,8 @@ def on_windows(event, args):
     if not RULES["windows"] or event not in ("os.remove", "os.rename"):
         return
     folder = "" if args[-1] == -1 else f"/proc/self/fd/{args[-1]}"  # where shutil.rmtree names it by its handle
-    first, *second = (os.path.realpath(os.path.join(folder, os.fsdecode(path))) for path in args[: args.index(-1)])
+    paths = [path for path in args if not isinstance(path, int)]
+    first, *second = (os.path.realpath(os.path.join(folder, os.fsdecode(path))) for path in paths)
     if held(first) or any(held(path) or os.path.isdir(path) for path in second):
         raise PermissionError(13, "WinError 5, 32 or 1224: something has it open or mapped, or it is a folder", first)
 
@@ -112,7 +113,7 @@ def on_windows(event, args):
 def windows():
     """Within, no file that is open or mapped is removed, replaced or renamed, nor a folder with one in it; no folder is
     replaced; runs are not locked."""
-    if "windows" not in RULES:
+    if not RULES:
         sys.addaudithook(on_windows)
     RULES["windows"] = True
     try:

@@ -3,7 +3,6 @@ distributed, checkouts with other line ends; and in a notebook."""
 
 import importlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,8 +15,10 @@ import torch
 import model
 import train
 from engine import devices
+from engine.checkpoint import save_tensors
 from engine.flags import Stopped
-from model import Llama, LlamaConfig, UserError
+from engine.folder import digest
+from model import Llama, LlamaConfig, UserError, open_tensors
 from tests.helpers import BASE, HERE, cli, clone, here, one_line_error, settled, written
 from tests.pretend import OnDevice, gpu, windows
 
@@ -30,7 +31,8 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "base"
     shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("pretraining", "*.safetensors", "*.py", "__pycache__"))
     torch.manual_seed(0)
-    Llama(LlamaConfig(512, 32, 48, 2, 4, 2, tie_word_embeddings=True, max_position_embeddings=128)).save_pretrained(folder)
+    config = LlamaConfig(512, 32, 48, 2, 4, 2, tie_word_embeddings=True, max_position_embeddings=128)
+    Llama(config).save_pretrained(folder)
     return folder
 
 
@@ -74,7 +76,7 @@ def test_a_run_stays_on_its_device(name, kind, dtype, job, monkeypatch):
     monkeypatch.setattr(model.Cache, "put", lambda self, *args: caches.append(self.layers[0][0]) or put(self, *args))
     with gpu(kind) as machine:
         stop_after(monkeypatch, 2, lambda: waits.append(machine.waits))
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped, match="stopped after step 2 of 4; the same call continues$"):
             train.run(config, own)
         report = train.run(config, own)["report"]
         assert json.dumps(report, allow_nan=False)
@@ -84,11 +86,11 @@ def test_a_run_stays_on_its_device(name, kind, dtype, job, monkeypatch):
         tuned, adapter, saved = train.load_run(config.out, device, dtype)
         assert saved["asked"]["device"] == kind and {p.device for p in tuned.parameters()} == {machine.device}
         assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {wide}
-        if name not in ("csreft", "loreft"):
-            adapter.merge()
         with tuned.autocast():
             tuned.generate([[1, 2, 3], [4, 5]], 9, (2,))
         assert {cache.dtype for cache in caches} == {narrow}
+        if name not in ("csreft", "loreft"):
+            adapter.merge()
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -129,3 +131,96 @@ def test_no_test_sees_a_gpu_but_a_pretended_one():
     said = "import torch; print(torch.cuda.is_available.__module__, torch.backends.mps.is_available.__module__)"
     assert cli("-c", said).stdout.split() == ["sitecustomize"] * 2
     assert torch.cuda.is_available.__module__ == "sitecustomize" and not torch.backends.mps.is_available()
+
+
+# ---------------------------------------------------------------------------------------------- other systems
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="open and mapped files are looked up in Linux's /proc")
+def test_windows_rules_for_files(job, tmp_path, monkeypatch):
+    """A run stopped and continued, then overwritten by another one, likewise; scored, exported. A search. As a notebook
+    does, something holds the frames of what was stopped."""
+    config, own = job("lora", save_every=1)
+    out, other, stopped = Path(config.out), replace(config, seed=1), []
+    with windows():
+        for then in (config, replace(other, overwrite=True), other):
+            with monkeypatch.context() as patch:
+                stop_after(patch, 2)
+                with pytest.raises(Stopped) as error:
+                    train.run(then, own)
+            stopped.append(error)
+            assert (out / "checkpoint.safetensors").exists()
+        train.run(other, own)
+        train.run(replace(config, overwrite=True), own)
+        for flag in ("--hf", "--peft"):
+            here("-m", "tools.export", out, flag, tmp_path / f"as{flag}")
+        here("-m", "tools.score", out, "--eval-data", *config.data)
+        rows = written(tmp_path / "known.jsonl", [{"prompt": "Go on.", "completion": "Yes."}] * 40)
+        search, _ = job("cofitune", general_data=[str(rows)], out=str(tmp_path / "search"), eval_every=0)
+        train.run(search, replace(train.method_of("cofitune")[1], search_steps=1, importance_batches=1))
+    left = {file.name for file in tmp_path.rglob("*") if file.suffix in (".part", ".old") or "checkpoint" in file.name}
+    assert not left and (tmp_path / "as--hf" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="as above")
+def test_the_imitation_of_windows_is_strict(tmp_path):
+    for name in ("mapped", "open", "free"):
+        save_tensors(tmp_path / name / "file", {"x": torch.ones(9)})
+    with windows(), open_tensors(tmp_path / "mapped" / "file") as mapped, open(tmp_path / "open" / "file"):
+        kept = mapped.get_tensor("x")
+        for name in ("mapped", "open"):
+            for wrong in (lambda f: f.unlink(), lambda f: f.rename(f"{f}.old"), lambda f: shutil.rmtree(f.parent),
+                          lambda f: f.parent.rename(tmp_path / "a"), lambda f: (tmp_path / "free/file").replace(f)):
+                with pytest.raises(PermissionError):
+                    wrong(tmp_path / name / "file")
+        (tmp_path / "free").rename(tmp_path / "moved")
+    assert kept.sum() == 9 and len(list(tmp_path.glob("*/file"))) == 3
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git here")
+def test_checkouts_are_the_same_bytes_on_each_system(tmp_path):
+    """So one takes up the other's run: with Windows' line ends asked for, in a folder with a space."""
+    project = clone(tmp_path / "project")
+    shutil.copy(HERE / ".gitattributes", project)
+    git = lambda *args: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=project,
+                                       check=True, capture_output=True)
+    for args in (["init"], ["add", "."], ["commit", "-m", "all"],
+                 ["clone", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", ".", tmp_path / "a copy"]):
+        git(*args)
+    files = [file.relative_to(project) for file in project.rglob("*") if file.is_file() and ".git" not in file.parts]
+    assert len(files) > 80 and all((project / f).read_bytes() == (tmp_path / "a copy" / f).read_bytes() for f in files)
+
+
+def test_a_torch_without_distributed(job, monkeypatch):
+    for name in [name for name in dir(torch.distributed) if not name.startswith("__") and name != "is_available"]:
+        monkeypatch.delattr(torch.distributed, name)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    try:
+        importlib.reload(devices)
+        assert "report" in train.run(*job("lora"))
+        devices.end()
+    finally:
+        monkeypatch.undo()
+        importlib.reload(devices)
+
+
+# ---------------------------------------------------------------------------------------------- notebooks
+
+
+def test_an_edited_method_is_imported_anew(small, tmp_path):
+    project = clone(tmp_path / "project")
+    written(project / "rows.jsonl", [{"prompt": f"What is {i}?", "completion": f"{i}"} for i in range(40)])
+    code = f"""if True:
+        from pathlib import Path
+        import train
+        base = {str(small)!r}
+        def report(out):
+            return train.run(train.Config("lora", base, ["rows.jsonl"], steps=1, samples=0, out=out))["report"]
+        assert report("one") and report("one")
+        file = Path("multilora.py")
+        file.write_text(file.read_text().replace('"total_rank"', '"edited"'))
+        print("going:", "total_rank" in report("two"), "edited" in report("two"))
+    """
+    assert "going: False True" in cli("-c", code, cwd=project).stdout
+    kept = json.loads((project / "two" / "config.json").read_text())["asked"]["code"]["multilora.py"]
+    assert kept == digest(project / "multilora.py")
