@@ -313,7 +313,8 @@ class CoFiTuneAdapter(Adapter):
         scores = {name: t for name, t in tensors.items() if name.startswith("importance.")}
         self.masks = {}
         super().load_tensors({name: t for name, t in tensors.items() if name not in scores})
-        self.masks = {name.removeprefix("importance."): 1 - score for name, score in scores.items()}
+        self.masks = {name.removeprefix("importance."): 1 - score.to(self.model.device)
+                      for name, score in scores.items()}
 
     def merge(self):
         """The weights are in their place already; they only go back to the base's dtype."""

@@ -131,6 +131,7 @@ class CSReFT(nn.Module):
         """Orthonormal rows in place of R's: the thin QR of R^T, with signs that keep every row's direction. Over the
         k r rows of a layer together, or (--ortho separate) over the r rows of each subspace."""
         rows = self.R.flatten(1, 2) if self.config.ortho == "joint" else self.R  # (L, k r, d) or (L, k, r, d)
+        rows = rows.cpu() if rows.device.type == "mps" else rows  # where older torches have no QR
         q, upper = torch.linalg.qr(rows.transpose(-1, -2))
         q = q * torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[..., None, :].to(q.dtype)
         self.R.copy_(q.transpose(-1, -2).reshape(self.R.shape))

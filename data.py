@@ -356,10 +356,10 @@ def answer_scores(model, examples, pad, batch_size):
         batch = collate(part, pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, batch.ctx)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = batch.ctx.labelled // batch.ids.shape[1]
+        rows = batch.ctx.labelled.cpu() // batch.ids.shape[1]
         columns = (-F.cross_entropy(logits, targets, reduction="none"), torch.ones_like(targets),
                    (logits.argmax(-1) != targets).long())
-        chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype, device=c.device).index_add_(0, rows, c).tolist()
+        chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype).index_add_(0, rows, c.cpu()).tolist()
                                   for c in columns)
         for e, chance in zip(part, chances):
             if not math.isfinite(chance):

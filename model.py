@@ -459,7 +459,8 @@ class Llama(nn.Module):
         ids = torch.tensor([list(p) + [0] * (T - len(p)) for p in prompts], device=self.device)
         mask = torch.arange(T, device=self.device) < lengths[:, None]
         tasks = None if tasks is None else torch.tensor(tasks, device=self.device)
-        cache = Cache(self.config, lengths, max_new_tokens, self.model.embed_tokens.weight.dtype)
+        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else self.lm_head.weight.dtype  # of the computation
+        cache = Cache(self.config, lengths, max_new_tokens, dtype)
         h = self.model(ids, Context(mask, tasks, cache=cache))[torch.arange(B, device=self.device), lengths - 1]
         ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
         ended = torch.zeros(B, dtype=torch.bool, device=self.device)

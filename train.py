@@ -137,14 +137,22 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------- methods
 
 
+IMPORTED = {}  # {method file: its text at that time}
+
+
 @cache
 def find_methods():
-    """{name: (module, default Config)} of every method file beside this one, and of its presets."""
+    """{name: (module, default Config)} of every method file beside this one, and of its presets. A file that was edited
+    since its import, as in a notebook, is imported anew."""
     methods = {}
     for path in sorted(HERE.glob("*.py")):
-        if "\ndef attach(" not in path.read_text(encoding="utf-8"):
+        text = path.read_text(encoding="utf-8")
+        if "\ndef attach(" not in text:
             continue
         module = importlib.import_module(path.stem)
+        if IMPORTED.get(path, text) != text:
+            importlib.reload(module)
+        IMPORTED[path] = text
         if double := {f.name for f in fields(module.Config)} & {f.name for f in fields(Config)}:
             raise UserError(f"{path.name}: Config has the field {min(double)!r}, which is train.py's: use DEFAULTS")
         for name, defaults in {path.stem: module.Config(), **getattr(module, "PRESETS", {})}.items():
@@ -202,6 +210,8 @@ def run(config, method_config=None, argv=(), trial_data=None):
 
     Raises UserError for a mistake in the settings and for a folder that holds another run, before anything is written.
     """
+    if not trial_data:
+        find_methods.cache_clear()
     method, default = method_of(config.method)
     method_config, out = method_config or default, Path(config.out or f"out/{config.method}")
     check(config)
@@ -250,7 +260,8 @@ def run(config, method_config=None, argv=(), trial_data=None):
         try:
             results = learn(config, model, adapter, suite, tokenizer, folder, keep, trial=trial_data is not None)
         except Stopped as stopped:
-            raise Stopped(stopped.number, f"{stopped}; the same command continues: {note['command']}") from None
+            again = f"command continues: {note['command']}" if argv else "call continues"
+            raise Stopped(stopped.number, f"{stopped}; the same {again}") from None
         except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
             left = f"; {out} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
             old = config.overwrite and folder.old.exists()
@@ -407,18 +418,23 @@ def finite_loss(step, loss, norm, group, lr):
 
 
 def device_and_dtype(config):
-    """(device, dtype) that `--device` and `--dtype` name. Raises UserError for a device that is not there."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = devices.local_device(device)
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]:.80}") from None
-    fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = "bfloat16" if fast else "float32"  # older GPUs emulate bfloat16, slower than float32
-    return torch.device(device), getattr(torch, auto if config.dtype == "auto" else config.dtype)
+    """(device, dtype) that `--device` and `--dtype` name; auto is the first device that can add two numbers. Raises
+    UserError for a device that cannot."""
+    found = [config.device]
+    if config.device == "auto":
+        found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    for device in map(devices.local_device, found):
+        try:
+            fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+            auto = "bfloat16" if fast else "float32"  # older GPUs emulate bfloat16, slower than float32
+            dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+            (torch.ones(1, device=device, dtype=dtype) + 1).item()
+            return torch.device(device), dtype
+        except (RuntimeError, AssertionError, TypeError) as error:
+            message = f"--device {device} cannot be used: {str(error).splitlines()[0]:.120}"
+        if config.device != "auto":
+            raise UserError(message)
+        print(f"note: {message}")
 
 
 def compile_layers(backbone):

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from engine.progress import progress
 from model import Llama, UserError
 
+is_initialized = getattr(dist, "is_initialized", lambda: False)  # some builds of torch have no more than the name
+
 # ---------------------------------------------------------------------------------------------- processes
 
 
@@ -33,7 +35,7 @@ def init():
 
 def end():
     """Waits for the other processes and ends this one at once: torch's threads may abort while Python shuts down."""
-    if dist.is_initialized():
+    if is_initialized():
         barrier()
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -41,11 +43,11 @@ def end():
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if is_initialized() else 1
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if is_initialized() else 0
 
 
 def is_main():
@@ -142,7 +144,7 @@ def load(base, device, dtype, shard):
     mapped from the file, so no process ever holds them all. A method is attached afterwards: its tensors stay whole."""
     if not shard:
         return Llama.from_pretrained(base, device, dtype)
-    if not dist.is_initialized():
+    if not is_initialized():
         raise UserError("--shard splits the base over processes: torchrun --nproc-per-node N train.py ... starts them")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     model, mesh = Llama.from_pretrained(base, dtype=None), dist.init_device_mesh(device.type, (world_size(),))

@@ -29,6 +29,9 @@ from model import Llama, LlamaConfig, UserError
 torch.set_num_threads(1)  # these models are small, and two spinning threads on a busy core take seconds for a product
 os.environ["OMP_NUM_THREADS"] = "1"  # nor in a program that a test starts
 HERE = Path(__file__).resolve().parent.parent
+CPU = HERE / "tests" / "cpu"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CPU), os.environ.get("PYTHONPATH")]))
+runpy.run_path(str(CPU / "sitecustomize.py"), run_name="sitecustomize")
 BASE = HERE / "base"
 REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")

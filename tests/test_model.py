@@ -6,7 +6,7 @@ import math
 import random
 import signal
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
@@ -435,12 +435,12 @@ def test_the_loss_and_the_optimiser_are_those_of_the_method():
 
 def test_a_methods_optimiser_and_its_integers_continue_to_the_same_bytes(tmp_path, monkeypatch):
     """After a signal in step 4 of 7; an integer and a bool come back as such."""
-    monkeypatch.setattr(train, "find_methods", lambda: {"own": OWN})
+    monkeypatch.setattr(train, "find_methods", cache(lambda: {"own": OWN}))
     whole, stopped = (train.Config(method="own", base=str(BASE), tasks="currency", steps=7, batch_size=4, eval_limit=1,
                                    out=str(tmp_path / name)) for name in ("whole", "stopped"))
     train.run(whole)
     monkeypatch.setattr(OwnHooks, "stop_at", 4)
-    with pytest.raises(Stopped, match="stopped after step 4 of 7; the same command continues"):
+    with pytest.raises(Stopped, match="stopped after step 4 of 7; the same call continues"):
         train.run(stopped)
     with open_tensors(tmp_path / "stopped" / "checkpoint.safetensors") as saved:
         assert saved.get_tensor("adapter.count") == 4 and saved.get_tensor("optimizer.0.momentum_buffer").any()

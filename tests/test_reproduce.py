@@ -113,7 +113,7 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(tmp_path
     made, most = [], []
 
     def fake(flags, folder, threads):
-        made.append(subprocess.Popen([sys.executable, "-c", script, flags.split()[-1], str(folder)]))
+        made.append(subprocess.Popen([sys.executable, "-E", "-c", script, flags.split()[-1], str(folder)]))
         most.append(sum(process.poll() is None for process in made))
         return made[-1]
 

@@ -126,7 +126,7 @@ def test_an_exported_checkpoint_has_the_runs_logits_and_the_bases_tokenizer(runs
     config = json.loads((merged / "tokenizer_config.json").read_text())
     assert config == json.loads((BASE / "tokenizer_config.json").read_text()), "an export keeps the template"
     before = {file: file.read_bytes() for file in merged.iterdir()}
-    assert "holds something already" in one_line_error("-m", "tools.export", out, "--hf", merged)
+    assert "is there already" in one_line_error("-m", "tools.export", out, "--hf", merged)
     assert {file: file.read_bytes() for file in merged.iterdir()} == before
     here("-m", "tools.export", out, "--hf", tmp_path / "again", "--base", BASE, cwd=tmp_path)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == before[merged / "model.safetensors"]

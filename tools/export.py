@@ -79,8 +79,8 @@ def main():
     if bool(args.hf) + bool(args.peft) != 1:
         raise UserError("give one of --hf DIR and --peft DIR")
     out = args.hf or args.peft
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something already: name a new folder")
+    if out.exists():  # an empty folder, too, which Windows does not replace
+        raise UserError(f"{out} is there already: name a new folder")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")  # becomes `out` when it is whole
     try:
         what = (save_merged if args.hf else save_peft)(args.run, args.base, part)
