@@ -33,6 +33,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CPU), os.environ.ge
 runpy.run_path(str(CPU / "sitecustomize.py"), run_name="sitecustomize")
 BASE = HERE / "base"
 REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows sends no such signals, and has no locks, pipes, links")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
 TINY = REAL / "tinystories-656k"
 QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--samples", "0")
