@@ -34,6 +34,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CPU), os.environ.ge
 runpy.run_path(str(CPU / "sitecustomize.py"), run_name="sitecustomize")
 BASE = HERE / "base"
 REAL = HERE.parent / "shared" / "real"  # real files, where a checkout has them beside it
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows sends no such signals, and has no locks, pipes, links")
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
 TINY = REAL / "tinystories-656k"
 QUICK = ("--tasks", "currency,cipher", "--steps", "12", "--batch-size", "8", "--eval-limit", "5", "--samples", "0")
@@ -80,15 +81,15 @@ def here(*args, cwd=HERE, code=0):
     return subprocess.CompletedProcess(args, got, out, err)
 
 
-def kill(command, moment, number=signal.SIGKILL):
-    """Starts a command, sends it a signal as soon as moment() is true, and returns the ended process with its output;
-    None where the command ended before."""
+def kill(command, moment, number=None):
+    """Starts a command, kills it (or sends it a signal) as soon as moment() is true, and returns the ended process with
+    its output; None where the command ended before."""
     process = start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not moment():
         if process.poll() is not None:
             return None
         time.sleep(0.001)
-    process.send_signal(number)
+    process.send_signal(number) if number else process.kill()
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from engine import devices
 from engine.checkpoint import save_tensors
 from engine.folder import digest
-from tests.helpers import BASE, cli, json_lines, settled, start, trained_on_builtin, written
+from tests.helpers import BASE, cli, json_lines, posix, settled, start, trained_on_builtin, written
 
+pytestmark = posix
 SIX = {"multilora": {}, "lora": {}, "csreft": {"sparsity": 0.1}, "loreft": {}, "cofitune": {}, "sft": {}}
 
 

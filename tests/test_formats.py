@@ -14,7 +14,7 @@ from formats import FORMATS, read_files
 from formats.known import Format, example, final_number
 from model import Llama, UserError
 from tests.helpers import (
-    BASE, HERE, here, number_by_hand, one_line_error, tiny, tokenizer_folder, with_template, written)
+    BASE, HERE, here, number_by_hand, one_line_error, posix, tiny, tokenizer_folder, with_template, written)
 
 SAID = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 FROM = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
@@ -309,6 +309,7 @@ def test_what_no_template_here_writes_is_named(tmp_path, record, message):
         read_files([str(written(tmp_path / "a.jsonl", [record]))])
 
 
+@posix
 def test_links_into_a_cache_and_long_fields(tmp_path):
     (tmp_path / "blobs").mkdir()
     for name in ("piqa/validation.jsonl", "arc.jsonl"):

@@ -3,6 +3,7 @@ distributed, checkouts with other line ends; and in a notebook."""
 
 import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -224,3 +225,19 @@ def test_an_edited_method_is_imported_anew(small, tmp_path):
     assert "going: False True" in cli("-c", code, cwd=project).stdout
     kept = json.loads((project / "two" / "config.json").read_text())["asked"]["code"]["multilora.py"]
     assert kept == digest(project / "multilora.py")
+
+
+def test_readmes_python_runs_in_a_kernel():
+    """Nothing is in its way there, such as another loop of events; the losses are a list, and fall."""
+    pytest.importorskip("ipykernel")
+    from jupyter_client.manager import start_new_kernel
+    code, said = re.search("```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1], []
+    manager, client = start_new_kernel(cwd=str(HERE))
+    listen = lambda message: said.extend(message["content"].get(key, "") for key in ("text", "evalue"))
+    try:
+        client.execute_interactive(f"{code}\nprint(len(losses), losses[0] > 9 * losses[-1])", output_hook=listen,
+                                   timeout=120)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert "".join(said) == "you did\n20 True\n"

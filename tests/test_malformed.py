@@ -10,7 +10,7 @@ import pytest
 import train
 from data import Tokenizer
 from model import Llama, UserError
-from tests.helpers import BASE, HERE, cli, here, one_line_error, refused, tiny, tokenizer_folder, written
+from tests.helpers import BASE, HERE, cli, here, one_line_error, posix, refused, tiny, tokenizer_folder, written
 
 RUN = ("--method", "multilora", "--tasks", "currency", "--steps", "1", "--batch-size", "2", "--eval-limit", "1",
        "--samples", "0")
@@ -77,6 +77,7 @@ def test_a_wrong_value_in_a_runs_config_json_is_one_line(runs, tmp_path, part, k
         train.load_run(tmp_path / "run")
 
 
+@posix
 def test_pipes_and_devices_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path / "pipe", "/dev/zero", tmp_path):

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,8 +23,8 @@ from engine.checkpoint import Checkpoint
 from engine.flags import Stopped, user_message
 from engine.folder import MARK, RunFolder
 from model import Llama
-from tests.helpers import (BASE, HERE, cli, clone, here, json_lines, kill, one_line_error, start, trained_on_builtin,
-                           written)
+from tests.helpers import (BASE, HERE, cli, clone, here, json_lines, kill, one_line_error, posix, start,
+                           trained_on_builtin, written)
 
 COMMON = ("--tasks", "currency", "--steps", "200", "--batch-size", "4", "--eval-limit", "6", "--save-every", "4")
 COMMANDS = {
@@ -91,6 +90,7 @@ def test_a_run_killed_ten_times_ends_at_the_same_bytes(tmp_path, name):
     assert all(file.stat().st_mtime_ns == time for file, time in nodes.items()), "a scored node was trained again"
 
 
+@posix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_one_line(tmp_path, number):
     out = tmp_path / "run"
@@ -167,6 +167,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         assert "which this run reads" in one_line_error(*RUN, "--out", out, "--overwrite") and content(BASE) == before
 
 
+@posix
 def test_two_processes_never_work_in_one_folder(tmp_path):
     """A killed one leaves no lock behind, and a refused one nothing at all."""
     out = tmp_path / "run"
@@ -230,9 +231,11 @@ def test_a_folder_that_only_has_the_name_of_an_old_run_stays(runs, tmp_path):
 # ---------------------------------------------------------------------------------------------- training that fails
 
 
+@posix
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs, tmp_path):
     """No file may grow larger than 300 kB, which the first checkpoint is."""
+    import resource
     out = tmp_path / "run"
     full = start(*RUN, "--out", out, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
