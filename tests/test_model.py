@@ -488,9 +488,9 @@ def test_a_training_step_is_the_one_written_out():
             optimizer.step()
             adapter.after_step()
             optimizer.zero_grad()
-    assert seen[False] == seen[True], "before_step() is called before the optimiser's step, with its gradients"
     for name, wanted in ends[1].items():
         close(ends[0][name], wanted, msg=f"{name} after five steps is that of the loop written out")
+    assert seen[False] == seen[True], "before_step() comes before the optimiser's step"
 
 
 @torch.no_grad()
