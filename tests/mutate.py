@@ -1,6 +1,6 @@
 """The tests, tested: wrong versions of the code, one change each. Which test notices one, and what does it say?
 
-    python -m tests.mutate                            # all of them: about a quarter of an hour
+    python -m tests.mutate                            # all of them: about half an hour
     python -m tests.mutate csreft.py                  # those of one file
     python -m tests.mutate csreft.py --about gates    # those whose description has this word
 
@@ -20,9 +20,13 @@ from tests.helpers import HERE, clone
 
 METHOD = lambda name: ("test_methods.py", "-k", name)
 TESTS = {"multilora.py": METHOD("multilora or lora"), "csreft.py": METHOD("csreft or loreft"),
-         "cofitune.py": METHOD("cofitune or sft"), "model.py": ("tests/test_model.py", "tests/test_speed.py"),
+         "cofitune.py": METHOD("cofitune or sft"),
+         "model.py": ("tests/test_model.py", "tests/test_speed.py",
+                      "tests/test_train.py::test_norms_and_biases_have_no_weight_decay"),
          "data.py": ("tests/test_data.py", "tests/test_scores.py", "tests/test_speed.py"),
-         "train.py": ("tests/test_train.py", "tests/test_model.py", "tests/test_resume.py")}
+         "train.py": ("tests/test_model.py::test_a_training_step_is_the_one_written_out",
+                      "test_methods.py::test_every_method_trains_float32_tensors_beside_a_bfloat16_base",
+                      "tests/test_train.py", "tests/test_resume.py")}
 
 # {file: ((old text, new text, what is wrong), ...)}; an old text occurs once in its file.
 WRONG = {

@@ -17,11 +17,12 @@ import csreft
 import data
 import train
 from base import suite as builtin
+from engine import devices
 from engine.flags import Stopped
 from model import (Adapter, Attention, Context, Llama, LlamaConfig, MLP, RMSNorm, UserError, labelled_positions,
                    open_tensors, parse_layers, rope_frequencies, rotate)
-from tests.helpers import (BASE, greedy_without_cache, perturb, random_ids, refused, their_logits, tiny,
-                           trained_on_builtin)
+from tests.helpers import (BASE, builtin_examples, greedy_without_cache, perturb, random_ids, refused, their_logits,
+                           tiny, trained_on_builtin)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 close = partial(torch.testing.assert_close, atol=1e-9, rtol=0, check_dtype=False)
@@ -450,6 +451,46 @@ def test_a_methods_optimiser_and_its_integers_continue_to_the_same_bytes(tmp_pat
     assert files[0].read_bytes() == files[1].read_bytes()
     adapter = train.load_run(tmp_path / "stopped")[1]
     assert (adapter.count, adapter.count.dtype, adapter.skip.dtype) == (7, torch.int64, torch.bool)
+
+
+def test_a_training_step_is_the_one_written_out():
+    """Of CS-ReFT, with two micro-batches, dropout, a penalty, clipping, and a rate of its own for the router."""
+    config = train.Config(steps=5, batch_size=4, grad_accum=2, lr=1e-2, clip=0.1, weight_decay=0.1, warmup=0.4, seed=3)
+    tokenizer, examples = builtin_examples()
+    ends, seen = [], {False: [], True: []}
+    for written_out in seen:
+        model = tiny(torch.float64, vocab_size=512)
+        model.model.layers[0].mlp.register_forward_hook(
+            lambda mlp, args, output: torch.nn.functional.dropout(output, 0.1, mlp.training))
+        torch.manual_seed(0)
+        adapter = csreft.attach(model, csreft.Config(subspaces=2, rank=3, sparsity=0.5, router_lr=0.1))
+        adapter.before_step = lambda adapter=adapter, on=written_out: seen[on].append(adapter.edits.W.tolist())
+        ends.append(adapter.tensors())
+        if not written_out:
+            train.train(model, adapter, examples, config, tokenizer.pad_id)
+            assert not model.training, "after training the model is in evaluation"
+            continue
+        optimizer, groups = adapter.optimizer(1e-2, 0.1), data.draw(examples, 8, 3)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        model.train()
+        for step, share in enumerate((0.5, 1.0, 1.0, 0.75, 0.25), 1):  # of the rate: a warm-up, half a cosine
+            torch.manual_seed(devices.seed(3, step))
+            parts = [data.collate(part, tokenizer.pad_id)
+                     for part in data.micro_batches(next(groups), 4, torch.device("cpu"))]
+            labelled = sum((batch.labels != -100).sum() for batch in parts)
+            for batch in parts:
+                loss = model(batch.ids, batch.labels, batch.ctx, reduction="sum") / labelled
+                (loss + 0.5 * batch.ctx.memory["gates"].mean() * len(batch.ids) / 8).backward()
+            torch.nn.utils.clip_grad_norm_(model.csreft.parameters(), 0.1)
+            adapter.before_step()
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = share * peak
+            optimizer.step()
+            adapter.after_step()
+            optimizer.zero_grad()
+    for name, wanted in ends[1].items():
+        close(ends[0][name], wanted, msg=f"{name} after five steps is that of the loop written out")
+    assert seen[False] == seen[True], "before_step() comes before the optimiser's step"
 
 
 @torch.no_grad()
