@@ -113,7 +113,7 @@ def help_of(*program):
     return here(*program, "--help").stdout
 
 
-@pytest.mark.parametrize("file", READMES, ids=["README", "reproduce"])
+@pytest.mark.parametrize("file", [*READMES, HERE / "LAB.md"], ids=["README", "reproduce", "LAB"])
 def test_readmes_commands_name_programs_and_flags_that_there_are(file):
     text = file.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"python (?:-m )?(train\.py|[\w.]+)([^`\n#]*)", text)
