@@ -355,19 +355,42 @@ def answer_scores(model, examples, pad, batch_size):
     def scores(part):
         batch = collate(part, pad).to(model.device)
         logits, targets = model.labelled_logits(batch.ids, batch.labels, batch.ctx)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = batch.ctx.labelled.cpu() // batch.ids.shape[1]
-        columns = (-F.cross_entropy(logits, targets, reduction="none"), torch.ones_like(targets),
-                   (logits.argmax(-1) != targets).long())
-        chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype).index_add_(0, rows, c.cpu()).tolist()
-                                  for c in columns)
-        for e, chance in zip(part, chances):
-            if not math.isfinite(chance):
-                raise UserError(f"an answer's log-probability is {chance} (example {e.source[-24:]}): the model's "
-                                "numbers overflow; try --dtype float32, or a lower --lr")
-        return [(chance, number, misses == 0) for chance, number, misses in zip(chances, counts, wrong)]
+        return row_scores(logits, targets, batch.ctx.labelled.cpu() // batch.ids.shape[1], part)
 
     return in_batches(scores, examples, batch_size, lambda e: len(e.ids), "scoring, batch")
+
+
+def row_scores(logits, targets, rows, part):
+    """What answer_scores gives, from the logits (N, V) of the tokens (N,) of a batch, and each token's row in it."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    columns = (-F.cross_entropy(logits, targets, reduction="none"), torch.ones_like(targets),
+               (logits.argmax(-1) != targets).long())
+    chances, counts, wrong = (torch.zeros(len(part), dtype=c.dtype).index_add_(0, rows, c.cpu()).tolist()
+                              for c in columns)
+    for e, chance in zip(part, chances):
+        if not math.isfinite(chance):
+            raise UserError(f"an answer's log-probability is {chance} (example {e.source[-24:]}): the model's "
+                            "numbers overflow; try --dtype float32, or a lower --lr")
+    return [(chance, number, misses == 0) for chance, number, misses in zip(chances, counts, wrong)]
+
+
+def choice_scores(model, examples, batch_size):
+    """For each encoded example the log-probability of each of its choices. Choices share their question, so the model
+    reads it once."""
+    def scores(part):
+        choices = [c for e in part for c in e.choices]
+        prompts = [(c.task, *c.ids[: c.prompt]) for c in choices]
+        different = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = [c.ids[c.prompt :] for c in choices]
+        logits = model.continuation_logits([prompt[1:] for prompt in different], texts, [different[p] for p in prompts],
+                                           [prompt[0] for prompt in different])
+        targets = torch.tensor([i for text in texts for i in text], device=model.device)
+        rows = torch.tensor([row for row, text in enumerate(texts) for _ in text])
+        found = iter(row_scores(logits, targets, rows, choices))
+        return [[next(found)[0] for _ in e.choices] for e in part]
+
+    size = max(1, batch_size // max((len(e.choices) for e in examples), default=1))
+    return in_batches(scores, examples, size, lambda e: max(len(c.ids) for c in e.choices), "scoring, batch")
 
 
 def in_batches(function, examples, size, key, what):
@@ -393,11 +416,8 @@ def exact_match(model, examples, tokenizer, batch_size, new_tokens):
 def likeliest_choice(model, examples, tokenizer, batch_size, new_tokens):
     """Is the right choice the likeliest? By its log-probability, and by that for each byte of its text, since a long
     choice has a small probability whatever it says."""
-    every = [c for e in examples for c in e.choices]
-    scores = iter(answer_scores(model, every, tokenizer.pad_id, batch_size))
     raw, by_byte = [], []
-    for e in examples:
-        sums = [next(scores)[0] for _ in e.choices]
+    for e, sums in zip(examples, choice_scores(model, examples, batch_size)):
         rates = [s / len(c.gold.strip().encode()) for s, c in zip(sums, e.choices)]
         for values, hits in ((sums, raw), (rates, by_byte)):
             hits.append(not e.cut and e.choices[values.index(max(values))].gold == e.gold)

@@ -114,7 +114,7 @@ class Cache:
     """Keys and values of one batch of prompts, padded on the right to the longest, T. Generated token i of every row
     takes slot T + i, and the slots of padding are masked: no row ever sees another row's length.
 
-    `memory` keeps what a method must remember from token to token (CS-ReFT: its gates).
+    `memory` keeps what a method must remember from token to token, tensors (B, ...) (CS-ReFT: its gates).
     """
 
     def __init__(self, config, lengths, new, dtype):  # lengths (B,) of the prompts; new: tokens that follow, at most
@@ -133,6 +133,12 @@ class Cache:
         for kept, new in zip(self.layers[layer], (k, v)):
             kept[:, :, self.used : end] = new
             yield kept[:, :, :end].to(new.dtype)
+
+    def take(self, rows):
+        """Keeps these rows (N,) of the batch, some maybe several times: several texts then continue one prompt."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        self.mask = self.mask[rows]
+        self.memory = {name: tensor[rows] for name, tensor in self.memory.items()}
 
 
 @dataclass
@@ -272,8 +278,10 @@ class Backbone(nn.Module):
         angles = ctx.positions[:, None, :, None] * rope_frequencies(self.config, ids.device)  # (B or 1, 1, T, hd / 2)
         angles = torch.cat((-angles, angles), dim=-1)  # see rotate; the cosine is the same
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
-        if ctx.decoding:
-            ctx.mask = ctx.cache.mask[:, None, None, : ctx.cache.used + 1].to(h.dtype)
+        if ctx.decoding:  # a new token sees the prompt, the new ones before it, and itself
+            new, used = ids.shape[1], ctx.cache.used
+            later = torch.full((new, used + new), -math.inf, device=ids.device, dtype=h.dtype).triu(used + 1)
+            ctx.mask = ctx.cache.mask[:, None, None, : used + new].to(h.dtype) + later
         run = self.compiled if self.compiled and self.training else run_layer
         for layer in self.layers:
             h = checkpoint(run, layer, h, ctx, use_reentrant=False) if self.checkpointing else run(layer, h, ctx)
@@ -439,6 +447,35 @@ class Llama(nn.Module):
 
     # ------------------------------------------------------------------------------------------ generation
 
+    def read(self, prompts, new, tasks=None):
+        """Prompts (B lists of ids) in one pass: (hidden states (B, d) at their ends, their lengths (B,), a Cache with
+        room for so many new tokens)."""
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        B, T = len(prompts), int(lengths.max())
+        if int(lengths.min()) == 0:
+            raise UserError("cannot continue an empty prompt: it has no token, not even BOS")
+        ids = torch.tensor([list(p) + [0] * (T - len(p)) for p in prompts], device=self.device)
+        mask = torch.arange(T, device=self.device) < lengths[:, None]
+        tasks = None if tasks is None else torch.tensor(tasks, device=self.device)
+        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else self.lm_head.weight.dtype  # of the computation
+        cache = Cache(self.config, lengths, new, dtype)
+        h = self.model(ids, Context(mask, tasks, cache=cache))
+        return h[torch.arange(B, device=self.device), lengths - 1], lengths, cache
+
+    @torch.no_grad()
+    def continuation_logits(self, prompts, texts, of, tasks=None):
+        """Logits (N, V) of the N tokens of texts, row by row. Text i, a list of ids, continues prompts[of[i]]; a prompt
+        is read once. tasks: index of each prompt's task."""
+        longest, of = max(1, *map(len, texts)), torch.tensor(of, device=self.device)
+        h, lengths, cache = self.read(prompts, longest, tasks)
+        cache.take(of)
+        steps, sizes = torch.arange(longest, device=self.device), torch.tensor(list(map(len, texts)))
+        states = [h[of][:, None]]  # the end of the prompt predicts the first token, each token the one after it
+        if longest > 1:
+            ids = torch.tensor([(text + [0] * longest)[: longest - 1] for text in texts], device=self.device)
+            states.append(self.model(ids, Context(cache=cache, positions=lengths[of][:, None] + steps[:-1])))
+        return self.lm_head(torch.cat(states, dim=1)[steps < sizes.to(self.device)[:, None]])
+
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens=64, stop=(), temperature=0.0, generator=None, tasks=None,
                  finished=torch.all):
@@ -449,21 +486,12 @@ class Llama(nn.Module):
         Returns one list of new token ids for each prompt, which does not depend on the other prompts. Raises UserError
         for an empty prompt, for more tokens than the model has positions, and where its numbers overflow.
         """
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        B, T = len(prompts), int(lengths.max())
-        if int(lengths.min()) == 0:
-            raise UserError("cannot continue an empty prompt: it has no token, not even BOS")
-        if T + max_new_tokens > self.config.max_position_embeddings:
-            raise UserError(f"{T} prompt tokens and {max_new_tokens} new ones exceed the model's "
+        if max(map(len, prompts)) + max_new_tokens > self.config.max_position_embeddings:
+            raise UserError(f"{max(map(len, prompts))} prompt tokens and {max_new_tokens} new ones exceed the model's "
                             f"max_position_embeddings of {self.config.max_position_embeddings}")
-        ids = torch.tensor([list(p) + [0] * (T - len(p)) for p in prompts], device=self.device)
-        mask = torch.arange(T, device=self.device) < lengths[:, None]
-        tasks = None if tasks is None else torch.tensor(tasks, device=self.device)
-        dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else self.lm_head.weight.dtype  # of the computation
-        cache = Cache(self.config, lengths, max_new_tokens, dtype)
-        h = self.model(ids, Context(mask, tasks, cache=cache))[torch.arange(B, device=self.device), lengths - 1]
+        h, lengths, cache = self.read(prompts, max_new_tokens, tasks)
         ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
-        ended = torch.zeros(B, dtype=torch.bool, device=self.device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         for step in range(max_new_tokens):
             logits = self.lm_head(h).float()  # (B, V)
             if not step and not logits.isfinite().all():

@@ -159,7 +159,7 @@ def load(base, device, dtype, shard):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes to it
     model.dtype = dtype
     model.generate = partial(model.generate, finished=lambda ended: -all_reduce_max(-int(ended.all())))
-    for name in ("labelled_logits", "generate"):
+    for name in ("labelled_logits", "continuation_logits", "generate"):
         register_fsdp_forward_method(model, name)
     return model.to(dtype)
 

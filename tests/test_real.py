@@ -106,7 +106,7 @@ def test_published_choices_are_ranked_as_a_naive_loop_does(tmp_path, name, kind)
                 chances = theirs(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
                 sums.append(chances[start - 1 :].sum().item())
             rates = [s / len(text.encode()) for s, text in zip(sums, texts)]
-            ours = [s for s, *_ in data.answer_scores(model, e.choices, tokenizer.pad_id, 3)]
+            (ours,) = data.choice_scores(model, [e], 3)
             assert ours == pytest.approx(sums, rel=1e-4)
             got = data.choice.function(model, [e], tokenizer, 2, 0)
             assert list(got.values()) == [100.0 * (v.index(max(v)) == right) for v in (sums, rates)]

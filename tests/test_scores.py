@@ -1,16 +1,19 @@
 """Scores: each kind against a naive loop with transformers in batches of any size, intervals, and room for answers."""
 
 import math
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import data
 import formats
+import train
 from engine.table import mean_interval, print_table, summary, wilson
 from formats.known import FORMATS, final_number, generated
 from model import Llama
-from tests.helpers import BASE, written
+from tests.helpers import BASE, perturb, written
 
 SUMS = [(a, b) for a, b in zip(range(9, 24), range(35, 80, 3))]
 KINDS = {
@@ -82,8 +85,11 @@ class Sevens:
 
     def labelled_logits(self, ids, labels, ctx):
         targets = labels.flatten()[ctx.labelled]
+        return self.continuation_logits([], [targets], [], []), targets
+
+    def continuation_logits(self, prompts, texts, of, tasks):
         seven = data.Tokenizer.from_pretrained(BASE).encode("7", start=False)[-1]
-        return torch.eye(512)[seven].expand(len(targets), -1) * 9, targets
+        return torch.eye(512)[seven].expand(sum(map(len, texts)), -1) * 9
 
 
 def test_what_was_cut_never_counts_as_a_match(tmp_path):
@@ -156,3 +162,24 @@ def test_the_table_says_rows_and_intervals_and_takes_any_unit(capsys):
     assert any(line.split()[-3:] == ["7", "3.243e+04", "3.243e+04"] for line in lines)
     assert any(line.startswith("  b ") and line.split()[-3:] == ["3", "130", "130"] for line in lines)
     assert any(line.startswith("speciality") and "mean of 1 in %" in line and "86.8-94.6" in line for line in lines)
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("multilora", {}), ("csreft", {}), ("csreft", {"positions": "f2+l2"}), ("loreft", {"layers": "3,5"}),
+    ("csreft", {"route_on": "first_token", "ortho": "separate"})])
+def test_choices_behind_a_question_that_is_read_once_have_the_same_scores(name, flags):
+    """Oracle: each choice in a pass of its own. One choice of each question has a longer prompt."""
+    model = Llama.from_pretrained(BASE)
+    method, config = train.method_of(name)
+    perturb(method.attach(model, replace(config, **flags)).model)
+    make = lambda rng, prompt, n: data.Encoded((ids := prompt + rng.choices(range(3, 512), k=n)), [-100] * len(prompt)
+                                               + ids[len(prompt) :], len(prompt), 0)
+    rng, examples = random.Random(0), []
+    for _ in range(7):
+        prompt = [1, *rng.choices(range(3, 512), k=rng.randint(1, 20))]
+        choices = [make(rng, prompt, rng.randint(1, 9)) for _ in range(3)] + [make(rng, prompt + [5], 2)]
+        examples.append(replace(choices[0], choices=choices))
+    wanted = [[data.answer_scores(model, [c], 0, 1)[0][0] for c in e.choices] for e in examples]
+    for size in (1, 12, 48):
+        for got, expected in zip(data.choice_scores(model, examples, size), wanted):
+            assert got == pytest.approx(expected, abs=1e-4)

@@ -295,9 +295,9 @@ def test_shots_stand_in_front_of_the_questions_that_are_scored(runs, tmp_path, m
     """Three rows of MMLU's dev/ for each question of its test/. A run of the built-in suite is scored on files, too."""
     names, run = ("global_facts", "us_foreign_policy"), runs("--method", "csreft", *QUICK)
     files = lambda split: [REAL / "mmlu" / split / f"{name}_{split}.csv" for name in names]
-    asked, real = [], data.answer_scores
-    monkeypatch.setattr(data, "answer_scores", lambda model, examples, *rest: asked.extend(examples) or
-                        real(model, examples, *rest))
+    asked, real = [], data.choice_scores
+    monkeypatch.setattr(data, "choice_scores", lambda model, examples, size: asked.extend(
+        c for e in examples for c in e.choices) or real(model, examples, size))
     for place in (BASE, run):
         here("-m", "tools.score", place, "--eval-data", *files("test"), "--shot-data", *files("dev"), "--shots", "3",
              "--eval-limit", "2", "--max-length", "1024", "--json", tmp_path / "scores.json")
