@@ -25,6 +25,7 @@ TESTS = {"multilora.py": METHOD("multilora or lora"), "csreft.py": METHOD("csref
                       "tests/test_train.py::test_norms_and_biases_have_no_weight_decay"),
          "data.py": ("tests/test_data.py", "tests/test_scores.py", "tests/test_speed.py"),
          "train.py": ("tests/test_model.py::test_a_training_step_is_the_one_written_out",
+                      "tests/test_model.py::test_the_loss_and_the_optimiser_are_those_of_the_method",
                       "test_methods.py::test_every_method_trains_float32_tensors_beside_a_bfloat16_base",
                       "tests/test_train.py", "tests/test_resume.py")}
 
