@@ -387,7 +387,8 @@ WRONG = {
          '[p for p in params if p.dim() <= 1], "lr": lr, "weight_decay": weight_decay}',
          "weight decay on norms and biases"),
         ("h, ctx = self.embed_tokens(ids), replace(ctx)", "h = self.embed_tokens(ids)", "a pass writes on its Context"),
-        ("if T + max_new_tokens > self.config", "if T > self.config", "more tokens than positions"),
+        ("if max(map(len, prompts)) + max_new_tokens > self", "if max(map(len, prompts)) > self",
+         "more tokens than positions"),
     ),
     "data.py": (
         ("variance = lambda task, p: p * (100 - p) / len(", "variance = lambda task, p: p * (100 - p) / 50 / len(",

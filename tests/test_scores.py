@@ -84,7 +84,7 @@ class Sevens:
     config, device = Llama.from_pretrained(BASE).config, torch.device("cpu")
 
     def labelled_logits(self, ids, labels, ctx):
-        targets = labels.flatten()[ctx.labelled]
+        targets = labels.flatten()[ctx.labelled + 1]
         return self.continuation_logits([], [targets], [], []), targets
 
     def continuation_logits(self, prompts, texts, of, tasks):
@@ -97,10 +97,10 @@ def test_what_was_cut_never_counts_as_a_match(tmp_path):
     pair = {"prompt": "Q", "completion": "7" * 40 + "9"}
     quiz = {"question": "Q", "choices": ["7" * 40 + "9", "9" * 41], "answer": 0}
     files = [str(written(tmp_path / name, [row])) for name, row in (("pair.json", pair), ("quiz.json", quiz))]
-    dressed = formats.dress(formats.load([], files), formats.choose("plain", tokenizer, BASE)[0])
-    for longest, choice in ((20, 0.0), (512, 100.0)):
+    dressed = formats.dress(formats.load([], files), formats.choose("short", tokenizer, BASE)[0])
+    for longest, choice in ((30, 0.0), (512, 100.0)):
         suite = data.encode_suite(dressed, tokenizer, longest)
-        assert all(e.cut == (longest == 20) for rows in suite.tests.values() for e in rows)
+        assert all(e.cut == (longest == 30) for rows in suite.tests.values() for e in rows)
         found = {task: list(suite.score[task].function(Sevens(), rows, tokenizer, 4, 8).values())
                  for task, rows in suite.tests.items()}
         assert found == {"pair": [0.0], "quiz": [choice] * 2}, "40 of its 42 tokens are 7"
