@@ -8,6 +8,7 @@ random numbers, and a backward pass from the inside.
 import os
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -80,10 +81,12 @@ def gpu(kind, broken=False, bfloat16=True):
         patch = lambda of, name, value: stack.enter_context(mock.patch.object(of, name, value))
         patch(OnDevice, "device", device)
         patch(torch, "autocast", lambda kind, *args, **kwargs: autocast("cpu", *args, **kwargs))
-        patch(torch.cuda, "is_available", lambda: kind == "cuda")
+        patch(torch.cuda, "is_available", cache(lambda: kind == "cuda"))
         patch(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation)
         patch(torch.cuda, "max_memory_allocated", lambda device: 0)
-        patch(torch.backends.mps, "is_available", lambda: kind == "mps")
+        patch(torch.cuda, "is_current_stream_capturing", lambda: False)  # the optimiser asks, in one of two ways
+        patch(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        patch(torch.backends.mps, "is_available", cache(lambda: kind == "mps"))
         yield stack.enter_context(Rules(device, broken))
 
 

@@ -230,9 +230,9 @@ def test_an_edited_method_is_imported_anew(small, tmp_path):
 def test_readmes_python_runs_in_a_kernel():
     """Nothing is in its way there, such as another loop of events; the losses are a list, and fall."""
     pytest.importorskip("ipykernel")
-    from jupyter_client.manager import start_new_kernel
+    jupyter = pytest.importorskip("jupyter_client.manager")
     code, said = re.search("```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S)[1], []
-    manager, client = start_new_kernel(cwd=str(HERE))
+    manager, client = jupyter.start_new_kernel(cwd=str(HERE))
     listen = lambda message: said.extend(message["content"].get(key, "") for key in ("text", "evalue"))
     try:
         client.execute_interactive(f"{code}\nprint(len(losses), losses[0] > 9 * losses[-1])", output_hook=listen,
