@@ -107,7 +107,8 @@ class CSReFT(nn.Module):
     """The edits of all chosen layers, and the router that serves them all.
 
     Trained: R and W (L, k, r, d), b (L, k, r) for L edited layers; router: Linear, ReLU, Linear with biases as torch
-    starts them, or None. All are float32, or float64 beside such a base. At first R is random, W equal to it, b zero.
+    starts them, or None. All are on the base's device, in float32, or float64 beside such a base. At first R is normal
+    with its rows made orthonormal, W equal to it, b zero. Beside them: config, positions (parsed), and off = None.
     """
 
     def __init__(self, model, config, layers):
@@ -129,7 +130,7 @@ class CSReFT(nn.Module):
     @torch.no_grad()
     def orthonormalize(self):
         """Orthonormal rows in place of R's: the thin QR of R^T, with signs that keep every row's direction. Over the
-        k r rows of a layer together, or (--ortho separate) over the r rows of each subspace."""
+        k r rows of a layer together, or (config.ortho "separate") over the r rows of each subspace."""
         rows = self.R.flatten(1, 2) if self.config.ortho == "joint" else self.R  # (L, k r, d) or (L, k, r, d)
         rows = rows.cpu() if rows.device.type == "mps" else rows  # where older torches have no QR
         q, upper = torch.linalg.qr(rows.transpose(-1, -2))
@@ -137,7 +138,8 @@ class CSReFT(nn.Module):
         self.R.copy_(q.transpose(-1, -2).reshape(self.R.shape))
 
     def read(self, h, prompt):
-        """x, what the router reads: embeddings h (B, T, d), prompt (B, T) bool -> (B, d), in R's dtype."""
+        """x, what the router reads: embeddings h (B, T, d), prompt (B, T) bool -> (B, d), in R's dtype. At unit root
+        mean square means F.rms_norm, with its own eps."""
         h = h.to(self.R.dtype)
         if self.config.route_on == "first_token":
             x = h[:, 0]
@@ -148,8 +150,9 @@ class CSReFT(nn.Module):
     def route(self, h, ctx):
         """Decides the gates α (B, k) from the embeddings h (B, T, d); while decoding they stay as they are.
 
-        ctx.memory gets "gates", in R's dtype, and with --positions "edited" (B, T) bool: the prompt's tokens to edit.
-        The subspace number `off`, if any, has the gate 0. Without a prompt mask every token is the prompt's.
+        ctx.memory gets "gates", in R's dtype (no autocast), and with --positions "edited" (B, T) bool: the prompt's
+        tokens to edit. Without a router every gate is 1; hard gates are for evaluation alone. At last the subspace
+        number `off`, if any, gets the gate 0. Without a prompt mask every token is the prompt's.
         """
         if ctx.decoding:
             return
@@ -173,8 +176,8 @@ class CSReFT(nn.Module):
             ctx.memory["edited"] = ((place < first) | (place >= length - last)) & prompt
 
     def edit(self, i, h, ctx):
-        """h (B, T, d) after the i-th edited layer -> h' in h's dtype, by what route() left in ctx.memory. All subspaces
-        as one pair of matrix products."""
+        """h (B, T, d) after the i-th edited layer -> h' in h's dtype, by what route() left in ctx.memory: with
+        --positions at the marked tokens, and at none that is generated. All subspaces as one pair of products."""
         if self.positions is not None and ctx.decoding:
             return h  # only prompt tokens are edited
         r = self.config.rank

@@ -416,7 +416,7 @@ def test_csreft_edit_leaves_other_positions_and_with_positions_all_generated_tok
     for positions in ("all", "f2+l1"):
         edits, edited = edits_of(positions=positions), torch.rand(2, 8) < 0.5
         gates = torch.rand(2, 3, dtype=torch.float64)
-        memory = {"gates": gates, "edited": edited}
+        memory = {"gates": gates} | ({} if positions == "all" else {"edited": edited})
         wanted = naive_edit(edits, 0, h, gates, None if positions == "all" else edited)
         same(edits.edit(0, h, Context(prompt, memory=memory)), wanted, f"--positions {positions}: the marked tokens")
         decoding = edits.edit(0, h, Context(cache=SimpleNamespace(memory=memory)))

@@ -156,8 +156,8 @@ def test_an_epoch_draws_every_example_once_with_similar_lengths_together():
     spread = [max(len(e.ids) for e in g) / min(len(e.ids) for e in g) for g in epoch]
     assert sorted(spread)[len(spread) // 2] <= 1.5 and [e.task for e in epoch[0]] != [e.task for e in epoch[1]]
     assert [e.task for e in next(data.draw(examples, 10, seed=0))] == [e.task for e in epoch[0]]
-    longest = [max(len(e.ids) for e in group) for group in epoch]
-    assert longest != sorted(longest), "short groups and long ones come in any order"
+    buckets = [int(math.log(len(group[0].ids), 1.5)) for group in epoch]
+    assert buckets != sorted(buckets), "short groups and long ones come in any order"
 
 
 # ---------------------------------------------------------------------------------------------- scores
