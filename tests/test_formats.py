@@ -398,7 +398,7 @@ def test_the_final_number_follows_the_reference_rule():
     (["--data", "pairs.json", "builtin"], ["builtin or files"]),
     (["--data", "pairs.json", "--tasks", "currency"], ["--tasks"]),
     (["--eval-data", "pairs.json"], ["--eval-data"]),
-    (["--template", "alpaca"], ["--template"]),
+    (["--mix", "equal"], ["--mix"]),
     (["--data", "pairs.json", "pairs=boolq.json"], ["two files of task 'pairs'", "NAME=FILE"]),
     (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
     (["--data", "pairs.json", "--eval-data", "boolq.json", "--eval-split", "validation"], ["--eval-data"]),
