@@ -77,7 +77,8 @@ class Config:
     layers: Annotated[str, "layers to train: search, all, a list such as 3,9, or a range such as 25%-50%"] = "search"
     modules: Annotated[str, "what to train in them: linear layers, or all; searched too"] = "up_proj,down_proj"
     search_steps: Annotated[int, "optimiser steps of each node of the search", "[1, inf)"] = 400
-    search_lr: Annotated[float, "peak learning rate of each node, which has no mask", "(0, inf)"] = 2e-3
+    search_lr: Annotated[float | None, "peak learning rate of each node, which has no mask; default: --lr's own",
+                         "(0, inf)"] = None
     mask_on: Annotated[Literal["update", "grad", "none"], "what 1 - I multiplies"] = "update"
     mask_source: Annotated[Literal["importance", "random"],
                            "random: the same values on shuffled units, a control"] = "importance"

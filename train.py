@@ -177,13 +177,13 @@ def defaults_of(name):
     return STANDARD | own
 
 
-def with_rate(config):
+def with_rate(config, quiet=False):
     """The Config with a peak rate. The default falls with the base's width: Adam moves each entry of a weight by about
     the rate, and a sum over more inputs then moves by more (the rule of muP, Yang et al. 2022, arXiv 2203.03466)."""
     if config.lr:
         return config
     rate, width = defaults_of(config.method)["lr"], LlamaConfig.from_pretrained(config.base).hidden_size
-    if width != WIDTH:
+    if width != WIDTH and not quiet:
         print(f"--lr {rate * WIDTH / width:.2g}: {rate:g}, the default at width {WIDTH}, times {WIDTH} / {width}")
     return replace(config, lr=float(f"{rate * WIDTH / width:.2g}"))
 
@@ -216,7 +216,7 @@ def run(config, method_config=None, argv=(), trial_data=None):
     method_config, out = method_config or default, Path(config.out or f"out/{config.method}")
     check(config)
     check(method_config)
-    config = with_rate(config)
+    config = with_rate(config, quiet=trial_data is not None)
     if config.batch_size < devices.world_size():
         raise UserError(f"--batch-size {config.batch_size} counts over all processes, of which there are "
                         f"{devices.world_size()}: each needs an example")

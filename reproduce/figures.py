@@ -99,6 +99,24 @@ def front(plt, section):
     return fig
 
 
+def bases(plt, everything):
+    """Speciality against versatility of each method, on the built-in base and on a real one."""
+    fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.6), sharex=True, sharey=True)
+    small = {name: list(row["seeds"].values()) for name, row in everything["compare"].items()}
+    real = {name: row for name, row in everything["real"].items() if name in NAMES}
+    kept = real["sft"][0]["versatility_before"]
+    for ax, rows, before, title in ((axes[0], small, 98.4, "built-in base, 1.7 M, six new tasks"),
+                                    (axes[1], real, kept, "SmolLM2, 135 M, two new tasks")):
+        for name, runs in rows.items():
+            (x, dx), (y, dy) = (mean_and_spread(column(runs, key)) for key in ("speciality", "versatility"))
+            ax.errorbar(x, y, dy, dx, "o", markersize=7, capsize=2, color=COLOURS[name], label=NAMES[name])
+        ax.axhline(before, color="#6E7781", linestyle=":", linewidth=1)
+        ax.set(xlabel="speciality: new tasks (%)", title=f"{title}\nseeds: {len(runs)}; dotted: before training")
+    axes[0].set(ylabel="versatility: general tasks (%)", xlim=(0, 104), ylim=(0, 104))
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7, handlelength=1.0, fontsize=9)
+    return fig
+
+
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=STORED, help="compare.json; default: the stored one")
@@ -109,6 +127,9 @@ def main():
         if section in everything:
             draw(plt, everything[section]).savefig(STORED.parent / f"{draw.__name__}.png")
             print(STORED.parent / f"{draw.__name__}.png")
+    if {"compare", "real"} <= everything.keys():
+        bases(plt, everything).savefig(STORED.parent / "bases.png")
+        print(STORED.parent / "bases.png")
 
 
 if __name__ == "__main__":
