@@ -280,8 +280,9 @@ class Backbone(nn.Module):
         ctx.rope = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         if ctx.decoding:  # a new token sees the prompt, the new ones before it, and itself
             new, used = ids.shape[1], ctx.cache.used
-            later = torch.full((new, used + new), -math.inf, device=ids.device, dtype=h.dtype).triu(used + 1)
-            ctx.mask = ctx.cache.mask[:, None, None, : used + new].to(h.dtype) + later
+            ctx.mask = ctx.cache.mask[:, None, None, : used + new].to(h.dtype)
+            if new > 1:
+                ctx.mask = ctx.mask + torch.full_like(ctx.mask[0, 0].expand(new, -1), -math.inf).triu(used + 1)
         run = self.compiled if self.compiled and self.training else run_layer
         for layer in self.layers:
             h = checkpoint(run, layer, h, ctx, use_reentrant=False) if self.checkpointing else run(layer, h, ctx)
