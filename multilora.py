@@ -63,7 +63,7 @@ class Config:
 
 # The same total rank in one module, alpha / r as above: LoRA.
 PRESETS = {"lora": Config(modules=1, rank=12, alpha=24.0, scaling="none")}
-DEFAULTS = {"multilora": {"lr": 5e-3}, "lora": {"lr": 4e-3}}  # of train.py's own flags
+DEFAULTS = {"multilora": {"lr": 8e-3}, "lora": {"lr": 4e-3}}  # of train.py's own flags
 
 
 # ---------------------------------------------------------------------------------------------- the module
