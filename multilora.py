@@ -73,7 +73,8 @@ class MultiLoRA(nn.Module):
     """The update of one linear layer: x (..., in) -> (alpha / r) sum_i s_i * (B_i A_i x), (..., out).
 
     Trained: A (n, r, in), B (n, out, r), and s (n, out), for --scaling scalar (n, 1), for none None. At first A is
-    uniform in ±1/sqrt(in), B in ±1/sqrt(r), s zero; for none B is zero. factor: alpha / r.
+    uniform in ±1/sqrt(in), B in ±1/sqrt(r), s zero; for none B is zero. All are on the weight's device, in its dtype or
+    float32, whichever is wider. Beside them: factor, alpha / r, and dropout, the probability.
     """
 
     def __init__(self, linear, config):
@@ -130,7 +131,7 @@ class MultiLoRAAdapter(Adapter):
             self.handles.append(linear.register_forward_hook(add_update))
 
     def param_groups(self, lr, weight_decay):
-        """No weight decay on s: shrinking it would shrink the whole update, not its norm alone."""
+        """A and B have weight decay, s (where there is one) none: shrinking it would shrink the whole update."""
         scales = [m.multilora.s for m in self.linears.values() if m.multilora.s is not None]
         matrices = [p for m in self.linears.values() for p in (m.multilora.A, m.multilora.B)]
         return [{"params": matrices, "lr": lr, "weight_decay": weight_decay},
@@ -158,7 +159,7 @@ class MultiLoRAAdapter(Adapter):
                 "effective_rank": sum(ranks) / len(ranks)}
 
 
-def add_update(linear, args, output):
+def add_update(linear, args, output):  # a forward hook; args: (x,), output: W x
     return output + linear.multilora(args[0])
 
 

@@ -163,10 +163,11 @@ def test_multilora_attach_adds_the_update_to_the_targets_alone():
 
 
 def test_multilora_param_groups_decay_A_and_B_and_not_s():
-    model = tiny()
-    for name, found in rates(model, multilora.attach(model, multilora.Config())).items():
-        wanted = (1.0, 0.0 if name.endswith(".s") else 0.1)
-        assert found == wanted, f"{name[-11:]} has (rate, weight decay) = {wanted} of --lr 1 and 0.1, found {found}"
+    for scaling in ("vector", "none"):  # without s there is no None among the parameters
+        model = tiny()
+        for name, found in rates(model, multilora.attach(model, multilora.Config(scaling=scaling))).items():
+            wanted = (1.0, 0.0 if name.endswith(".s") else 0.1)
+            assert found == wanted, f"{name[-11:]} has (rate, weight decay) = {wanted} of --lr 1 and 0.1, found {found}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
