@@ -1,6 +1,7 @@
 """tools.gguf: what gguf's own writer made is read back, and real files as transformers reads them."""
 
 import json
+import sys
 import zipfile
 
 import numpy as np
@@ -129,7 +130,11 @@ def test_llama_3_splits_digits_by_threes_and_contractions():
     assert fast.encode("1234 we'll").tokens == ["123", "4", "Ġwe", "'ll"]
 
 
-def test_what_is_no_llama_is_refused_in_one_line(tmp_path):
+def test_what_is_no_llama_is_refused_in_one_line(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        assert "pip install gguf" in one_line_error("-m", "tools.gguf", tmp_path / "a.gguf", tmp_path / "out")
+    pytest.importorskip("gguf")
     refused = lambda file: one_line_error("-m", "tools.gguf", file, tmp_path / "out")
     assert "does not exist" in refused(tmp_path / "none.gguf") or "No such file" in refused(tmp_path / "none.gguf")
     (tmp_path / "text.gguf").write_text("no model")
