@@ -20,7 +20,7 @@ from reproduce.runner import (CHOSEN_WITH, NAMES, about, arguments, column, fini
 
 PROTOCOL = "--tasks currency,tool --steps 150 --batch-size 8 --samples 0"
 GRID_PROTOCOL = "--tasks currency,tool --steps 40 --batch-size 8 --samples 0 --eval-limit 1"
-TIMES = (0.25, 0.5, 1, 2, 4)
+TIMES = (0.5, 1, 2, 4)
 REGION = "--layers 50%-100% --modules gate_proj,up_proj,down_proj"
 RUNS = {**{name: f"--method {name}" for name in METHODS}, "cofitune": f"--method cofitune {REGION}",
         "coarse": f"--method cofitune {REGION} --mask-on none"}
@@ -69,7 +69,7 @@ def compared(section, claims):
 
 
 def grid(args):
-    """{method: {rate: mean loss of the last ten steps}}"""
+    """{method: {rate: mean loss of the last ten steps}}, at multiples of the default rate"""
     base, runs = train.parse(["--method", "sft", *shlex.split(args.train_flags)])[0].base, {}
     for name in METHODS:
         rate = train.with_rate(train.Config(name, base)).lr
@@ -81,8 +81,9 @@ def grid(args):
 
 
 def tuned(section):
-    return markdown(["method", *(f"{times:g} x the default" for times in TIMES)], [
-        [NAMES[name], *(f"{lr}: {loss:.2f}" for lr, loss in row.items())] for name, row in section.items()])
+    """A row for each method: its rates, and the loss at the end."""
+    return markdown(["", "rate: mean loss of the last ten steps"], [
+        [NAMES[name], ", ".join(f"{lr}: {loss:.2f}" for lr, loss in row.items())] for name, row in section.items()])
 
 
 def main():

@@ -162,7 +162,10 @@ def mean_and_spread(values):
 
 
 def about(values, digits=1):
-    return "{:.{digits}f} ± {:.{digits}f}".format(*mean_and_spread(list(values)), digits=digits)
+    """The mean, and the standard deviation where there are several."""
+    values = list(values)
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown(head, rows):
