@@ -102,6 +102,16 @@ def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path, monkeypatch
     assert drawn == set(re.findall(r"\]\(results/(\w+\.png)\)", README))
 
 
+def test_pictures_for_a_lecture_have_the_shapes_of_the_defaults(tmp_path):
+    pytest.importorskip("matplotlib")
+    names = here("-m", "reproduce.lecture", "--out", tmp_path).stdout.split(": ")[1].split(", as")[0].split(", ")
+    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    text = {name: (tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in names}
+    assert "A3  (4, 128)" in text["multilora_layer"] and "B3  (352, 4)" in text["multilora_layer"]
+    assert "A4" not in text["multilora_layer"] and "α (4,)" in text["csreft_layer"]
+    assert text["cofitune_layers"].count(": attention") == 8 and len(names) == 6
+
+
 # ---------------------------------------------------------------------------------------------- the runner
 
 
