@@ -119,7 +119,7 @@ SHARES = "0.25,0.5,0.75,1"  # a: each node is scored at θ_0 + a (θ - θ_0), so
 
 
 def harmonic(point):
-    """(H, its standard error) from the means and standard errors of a node's scores."""
+    """(H, its standard error) of {"speciality": S, "versatility": V, "errors": (of S, of V)}; zeros where S + V = 0."""
     S, V = point["speciality"], point["versatility"]
     if S + V == 0:
         return 0.0, 0.0
@@ -131,8 +131,13 @@ def plan(config, model_config, trial):
     """Chooses layers and modules where `--layers search` asks for it; returns the settled Config. The first node trains
     everything: SFT, and at a = 0 the base. A node counts by its a > 0 of the highest H.
 
-    trial(name, config, steps=..., lr=...) fine-tunes a fresh copy, without a mask; its results have "seconds" and
-    "points", one (as in scored) for each of config.shares."""
+    trial(name, config, steps=..., lr=...) fine-tunes a fresh copy, without a mask, in a folder of that name; its
+    results have "seconds" and "points", one (as in scored) for each of config.shares.
+
+    Prints, node by node, how long the rest may take; then draw_tree of all nodes, ("base", "") and ("SFT", "") first,
+    which are never chosen; "other nodes within one standard error of the chosen one: N", of its H, where there are
+    any; and "chosen: --layers ... --modules ...".
+    """
     if config.layers != "search":
         return config
     most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values())) + 1
@@ -206,16 +211,17 @@ def draw_tree(tree, scores, path, node=None, indent=""):
 
 
 def units(linear, name, config):
-    """Output units of a module: heads for q, k and v, single outputs for the others."""
+    """The number of a module's output units: heads for q, k and v, single outputs else. config: the LlamaConfig."""
     by_head = name.endswith(("q_proj", "k_proj", "v_proj"))
     return linear.out_features // config.head_dim if by_head else linear.out_features
 
 
 def importance(model, linears, steps, dropout):
     """{module name: I (units,)} by the two-pass KL of the docstring. steps: an iterable of lists of micro-batches; the
-    gradients of a list add up to those of one batch before |.| is taken.
+    gradients of a list add up to those of one batch (its KL divided by its labelled tokens) before |.| is taken.
 
-    Zscore is over the units of one module in one layer; where all units have the same score, I is zero.
+    Zscore is over the units of one module in one layer, with the standard deviation over n; where all units have the
+    same score, I is zero. g is float32 or wider. Dropout is on every layer's two blocks; no hook stays.
     """
     masks, raw, handles, count = {}, {name: 0.0 for name in linears}, [], 0
 
@@ -253,7 +259,8 @@ def importance(model, linears, steps, dropout):
 
 
 def two_pass_kl(model, batch):
-    """KL(p_2 || p_1), summed over the labelled tokens, of two passes that differ only in their dropout."""
+    """KL(p_2 || p_1), summed over the labelled tokens, in float32 or wider, of two passes that differ only in their
+    dropout (the hooks of importance)."""
     first, second = (model.labelled_logits(batch.ids, batch.labels, replace(batch.ctx))[0] for _ in range(2))
     wide = torch.promote_types(first.dtype, torch.float32)
     log_p1, log_p2 = first.to(wide).log_softmax(-1), second.to(wide).log_softmax(-1)
@@ -301,6 +308,7 @@ class CoFiTuneAdapter(Adapter):
 
     @torch.no_grad()
     def after_step(self):
+        """`update`: θ_old + (1 - I) (θ - θ_old)."""
         if self.config.mask_on == "update":
             for old, (p, mask) in zip(self.old, self.masked()):
                 p.copy_(old + mask * (p - old))  # θ_u + (1 - I_u) Δθ_u, whatever made Δθ: gradient, momentum, decay

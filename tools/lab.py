@@ -26,7 +26,7 @@ PARTS = {
                "route": ["CSReFT.route"], "edit": ["CSReFT.edit"], "param_groups": ["CSReFTAdapter.param_groups"]},
     "cofitune": {"harmonic": ["harmonic"], "plan": ["plan"], "units": ["units"], "two_pass_kl": ["two_pass_kl"],
                  "importance": ["importance"],
-                 "steps": ["CoFiTuneAdapter.before_step", "CoFiTuneAdapter.after_step"]},
+                 "masked_rows": ["CoFiTuneAdapter.before_step", "CoFiTuneAdapter.after_step"]},
     "model": {"rms_norm": ["RMSNorm.forward"], "rope_frequencies": ["rope_frequencies"], "rotate": ["rotate"],
               "attention": ["Attention.forward"], "mlp": ["MLP.forward"], "a_layer": ["DecoderLayer.forward"]}}
 
