@@ -116,7 +116,7 @@ def test_the_run_folder_is_that_of_one_process(tmp_path):
     assert results[0]["tasks"] == results[1]["tasks"] and results[0]["points"] == results[1]["points"]
     losses = [[line.get("loss", line.get("validation_loss")) for line in json_lines(folder / "metrics.jsonl")]
               for folder in (one, split)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-9) and len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-9) and len(losses[0]) == 5
     command = json.loads((split / "config.json").read_text())["command"]
     assert command.startswith("torchrun --nproc-per-node 3 train.py")
     args = ("-m", "tools.score", split, "--eval-data", file, "--max-new-tokens", "4", "--dtype", "float64", "--json")

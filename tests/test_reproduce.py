@@ -149,9 +149,11 @@ def test_an_interrupted_comparison_ends_its_runs_and_continues_them(tmp_path):
         from pathlib import Path
         from engine.flags import command_line
         from reproduce.runner import finish
-        command_line(lambda: finish([{flags!r}], Namespace(out=Path({str(tmp_path)!r}), jobs=1, threads=1)))"""
+        command_line(lambda: finish([{flags!r}], Namespace(
+            out=Path({str(tmp_path)!r}), jobs=1, threads=1, train_flags="")))"""
     process = start("-c", code, start_new_session=True)
     while not any(file.stat().st_size for file in tmp_path.glob("*/metrics.jsonl")):
+        assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal does
     assert process.wait() == 130
