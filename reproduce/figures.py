@@ -112,7 +112,7 @@ def bases(plt, everything):
             ax.errorbar(x, y, dy, dx, "o", markersize=7, capsize=2, color=COLOURS[name], label=NAMES[name])
         ax.axhline(before, color="#6E7781", linestyle=":", linewidth=1)
         ax.set(xlabel="speciality: new tasks (%)", title=f"{title}\nseeds: {len(runs)}; dotted: before training")
-    axes[0].set(ylabel="versatility: general tasks (%)", xlim=(0, 104), ylim=(0, 104))
+    axes[0].set(ylabel="versatility: general tasks (%)", xlim=(-3, 104), ylim=(-3, 104))
     fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=7, handlelength=1.0, fontsize=9)
     return fig
 

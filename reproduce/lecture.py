@@ -126,7 +126,7 @@ def main():
     importance(ax)
     for name, figure in drawn.items():
         for kind in ("svg", "png"):
-            figure.savefig(out / f"{name}.{kind}", dpi=130)
+            figure.savefig(out / f"{name}.{kind}", dpi=130, bbox_inches="tight")
     print(f"{out}: {', '.join(drawn)}, as .svg and .png")
 
 

@@ -60,7 +60,7 @@ def compared(section, claims):
     losses = list(first["loss"])
     rows = [["before training", "", f"{first['versatility_before']:.1f}",
              *(f"{first['loss'][task][0]:.2f}" for task in losses), "", ""]]
-    for name, runs in section.items():
+    for name, runs in ((name, section[name]) for name in RUNS):
         rows.append([NAMES[name], *(about(column(runs, key)) for key in ("speciality", "versatility")),
                      *(about((run["loss"][task][1] for run in runs), 2) for task in losses),
                      f"{sum(column(runs, 'seconds')) / len(runs) / 60:.0f}", f"{max(column(runs, 'gigabytes')):.1f}"])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train
 from base import suite as builtin
 from model import LINEARS, UserError
-from reproduce import compare, runner, spectra
+from reproduce import compare, real, runner, spectra
 from reproduce.claims import cofitune, csreft, multilora
 from tests.helpers import BASE, HERE, QUICK, cli, here, one_line_error, start
 
@@ -88,6 +88,8 @@ def test_commands_have_the_rates_that_were_chosen():
 def test_readmes_tables_are_what_the_programs_make():
     made = [compare.compared(STORED["compare"]), compare.tuned(STORED["tune"]),
             *(program.tables(STORED[name]) for name, program in CLAIMS.items())]
+    real_md = (HERE / "reproduce" / "real.md").read_text(encoding="utf-8")
+    assert all(f"\n{table}\n" in real_md for table in (real.compared(STORED["real"], []), real.tuned(STORED["rates"])))
     tables = [table for text in made for table in text.split("\n\n")]
     assert len(tables) == 10 and [table for table in tables if f"\n{table}\n" not in README] == []
     assert README.count("| claim | verdict |") == len(CLAIMS)
@@ -99,7 +101,8 @@ def test_the_pictures_are_drawn_from_the_committed_figures(tmp_path, monkeypatch
     here("-m", "reproduce.figures", HERE / "reproduce/results/compare.json")
     drawn = {picture.name for picture in tmp_path.glob("*.png")}
     assert drawn == {picture.name for picture in (HERE / "reproduce" / "results").glob("*.png")}
-    assert drawn == set(re.findall(r"\]\(results/(\w+\.png)\)", README))
+    texts = README + (HERE / "reproduce" / "real.md").read_text(encoding="utf-8")
+    assert drawn == set(re.findall(r"\]\(results/(\w+\.png)\)", texts))
 
 
 def test_pictures_for_a_lecture_have_the_shapes_of_the_defaults(tmp_path):
