@@ -50,7 +50,7 @@ def test_the_sign_test_equals_counting_all_outcomes():
 
 
 def test_committed_verdicts_follow_from_the_committed_figures():
-    assert {"tune", "compare", *CLAIMS} == STORED.keys()
+    assert {"tune", "compare", "real", "rates", *CLAIMS} == STORED.keys()
     assert sum(len(STORED[name]["claims"]) for name in CLAIMS) <= 12
     for name, program in CLAIMS.items():
         claims, seeds = STORED[name]["claims"], STORED[name]["claims"][0]["seeds"]
