@@ -43,6 +43,14 @@ def unpacked(file):
         yield Path(archive.extract(inside[0], folder))
 
 
+def read(gguf, file, dtype):
+    """({key: value} of the metadata, {name: tensor}) of a .gguf, read by the package gguf, and closed again."""
+    reader = gguf.GGUFReader(file)
+    return {key: field.contents() for key, field in reader.fields.items()}, {
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).to(dtype)
+        for tensor in reader.tensors}
+
+
 def config_of(facts, tensors):
     """LlamaConfig from the metadata {key: value}. Raises ValueError for what is no plain Llama."""
     kind, of = facts["general.architecture"], lambda key, *default: facts.get(f"llama.{key}", *default)
@@ -131,10 +139,7 @@ def main():
     if args.folder.exists():
         raise UserError(f"{args.folder} exists: choose another folder")
     with unpacked(args.file) as file, reading(args.file):
-        reader = gguf.GGUFReader(file)
-        facts = {key: field.contents() for key, field in reader.fields.items()}
-        tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).to(getattr(
-            torch, args.dtype)) for t in reader.tensors}
+        facts, tensors = read(gguf, file, getattr(torch, args.dtype))
         config = config_of(facts, tensors)
         with torch.device("meta"):
             model = Llama(config)
