@@ -366,7 +366,7 @@ class Llama(nn.Module):
         h, targets = self.hidden_at_labels(ids, labels, ctx)
         rows = max(1, LOGITS // self.config.vocab_size)
         total = SummedLoss.apply(self.lm_head, rows, h, targets, *(
-            p for p in self.lm_head.parameters() if p.requires_grad))
+            p for p in self.lm_head.parameters() if p.requires_grad and torch.is_grad_enabled()))
         return total if reduction == "sum" else total / len(h)
 
     def hidden_at_labels(self, ids, labels, ctx=None):

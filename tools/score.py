@@ -18,9 +18,8 @@ from engine.table import print_table, summary
 from model import LlamaConfig, UserError, read_json, reading, write_json
 from train import Config, device_and_dtype, load_data, load_run
 
-OF_TRAIN = ("choices",
-            "template", "max_length", "max_new_tokens", "tasks", "batch_size", "device", "dtype", "eval_split",
-            "eval_limit", "shard")
+OF_TRAIN = ("choices", "template", "max_length", "max_new_tokens", "tasks", "batch_size", "device", "dtype",
+            "eval_split", "eval_limit", "shard")
 
 
 def load_files(args, config):
