@@ -36,8 +36,9 @@ from model import Llama, LlamaConfig, UserError, checkpoint_files, read_json, re
 
 HERE = Path(__file__).resolve().parent
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl
-STANDARD = {"steps": 600, "batch_size": 48, "lr": 1e-3}  # where a method's own DEFAULTS say nothing else
-WIDTH = 128  # of the base for which the rates are chosen
+# Where a method's own DEFAULTS say nothing else. lr is for a base of width 128, see with_rate.
+STANDARD = {"steps": 600, "batch_size": 48, "lr": 1e-3, "width_power": 1.0}
+WIDTH = 128
 NOT_ASKED = ("out", "overwrite", "save_every", "shard")  # another value of these is still the same run
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -68,7 +69,7 @@ class Config:
     epochs: Annotated[float | None, "passes over the training data, instead of --steps", "(0, inf)"] = None
     batch_size: Annotated[int | None, "examples in a micro-batch, over all processes", "[1, inf)"] = None
     grad_accum: Annotated[int, "micro-batches in a step", "[1, inf)"] = 1
-    lr: Annotated[float | None, "peak learning rate; default: the method's, times 128 / width of the base",
+    lr: Annotated[float | None, "peak learning rate; default: the method's, lower on a wider base",
                   "(0, inf)"] = None
     warmup: Annotated[float, "share of the steps with a rising rate, before a cosine to zero", "[0, 1)"] = 0.05
     weight_decay: Annotated[float, "AdamW's decoupled weight decay", "[0, inf)"] = 0.0
@@ -93,9 +94,9 @@ class Config:
     def __post_init__(self):
         if self.epochs and self.steps:
             raise UserError("give one of --steps and --epochs")
-        for name, value in defaults_of(self.method).items():
-            if getattr(self, name) is None and name != "lr" and not (name == "steps" and self.epochs):
-                setattr(self, name, value)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) is None and not (name == "steps" and self.epochs):
+                setattr(self, name, defaults_of(self.method)[name])
         if self.compile and self.shard:
             raise UserError("--compile does not go with --shard")
         if "builtin" in self.data and len(self.data) > 1:
@@ -178,14 +179,17 @@ def defaults_of(name):
 
 
 def with_rate(config, quiet=False):
-    """The Config with a peak rate. The default falls with the base's width: Adam moves each entry of a weight by about
-    the rate, and a sum over more inputs then moves by more (the rule of muP, Yang et al. 2022, arXiv 2203.03466)."""
+    """The Config with a peak rate. The default falls with the base's width, to a method's width_power: Adam moves each
+    entry of a weight by about the rate, and a sum over more inputs then moves by more (the rule of muP, Yang et al.
+    2022, arXiv 2203.03466, has the power 1)."""
     if config.lr:
         return config
-    rate, width = defaults_of(config.method)["lr"], LlamaConfig.from_pretrained(config.base).hidden_size
+    default, width = defaults_of(config.method), LlamaConfig.from_pretrained(config.base).hidden_size
+    rate = float(f"{default['lr'] * (WIDTH / width) ** default['width_power']:.2g}")
     if width != WIDTH and not quiet:
-        print(f"--lr {rate * WIDTH / width:.2g}: {rate:g}, the default at width {WIDTH}, times {WIDTH} / {width}")
-    return replace(config, lr=float(f"{rate * WIDTH / width:.2g}"))
+        power = f"({WIDTH} / {width})^{default['width_power']:g}"
+        print(f"--lr {rate:g}: {default['lr']:g}, the default at width {WIDTH}, times {power}")
+    return replace(config, lr=rate)
 
 
 def start_adapter(model, method, config):

@@ -96,9 +96,10 @@ def test_a_methods_defaults_reach_a_config_however_it_is_made(name):
 
 def test_the_default_rate_falls_with_the_bases_width_and_one_that_is_too_high_is_named(tmp_path, capsys):
     tiny(vocab_size=512, hidden_size=512).save_pretrained(tokenizer_folder(tmp_path / "base"))
-    of = lambda **settings: train.with_rate(train.Config("lora", base=str(tmp_path / "base"), **settings)).lr
-    assert of() == 1e-3 and of(lr=4e-3) == 4e-3
-    assert "--lr 0.001: 0.004, the default at width 128, times 128 / 512" in capsys.readouterr().out
+    of = lambda method="lora", **settings: train.with_rate(
+        train.Config(method, base=str(tmp_path / "base"), **settings)).lr
+    assert of(method="sft") == 1e-3 * 128 / 512 and of() == 4e-3 * (128 / 512) ** 0.5 and of(lr=4e-3) == 4e-3
+    assert "--lr 0.00025: 0.001, the default at width 128, times (128 / 512)^1" in capsys.readouterr().out
     run = lambda lr: here("train.py", *QUICK, "--method", "sft", "--steps", "20", "--lr", lr, "--out", tmp_path / lr)
     assert "the loss rose" not in run("1e-3").stdout
     assert re.search(r"the loss rose from [\d.]+ to [\d.]+: try --lr 0\.25\n", run("1").stdout)
