@@ -135,7 +135,7 @@ class Cache:
             yield kept[:, :, :end].to(new.dtype)
 
     def take(self, rows):
-        """Keeps these rows (N,) of the batch, some maybe several times: several texts then continue one prompt."""
+        """Keeps these rows of the batch, (N,) numbers or (B,) bool; some maybe several times: texts of one prompt."""
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
         self.mask = self.mask[rows]
         self.memory = {name: tensor[rows] for name, tensor in self.memory.items()}
@@ -491,8 +491,9 @@ class Llama(nn.Module):
             raise UserError(f"{max(map(len, prompts))} prompt tokens and {max_new_tokens} new ones exceed the model's "
                             f"max_position_embeddings of {self.config.max_position_embeddings}")
         h, lengths, cache = self.read(prompts, max_new_tokens, tasks)
-        ends, found = torch.tensor(sorted(stop), dtype=torch.long, device=self.device), []  # found: (B,) of each step
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        ends = torch.tensor(sorted(stop), dtype=torch.long, device=self.device)
+        found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=self.device)
+        rows, ended = torch.arange(len(prompts), device=self.device), torch.zeros_like(lengths, dtype=torch.bool)
         for step in range(max_new_tokens):
             logits = self.lm_head(h).float()  # (B, V)
             if not step and not logits.isfinite().all():
@@ -501,13 +502,15 @@ class Llama(nn.Module):
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
             else:
                 token = logits.argmax(-1)
-            found.append(token)
-            ended |= torch.isin(token, ends)
+            found[rows, step] = token
+            ended[rows] |= torch.isin(token, ends)
             if step == max_new_tokens - 1 or step % 8 == 7 and bool(finished(ended)):  # asking makes the host wait
                 break
-            h = self.model(token[:, None], Context(cache=cache, positions=(lengths + step)[:, None]))[:, 0]
-        rows = torch.stack(found, dim=1).tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in stop), None)] for row in rows]
+            if step % 8 == 7 and not (going := ~ended[rows] | ended.all()).all():  # rows that have ended leave
+                rows, token = rows[going], token[going]
+                cache.take(going)
+            h = self.model(token[:, None], Context(cache=cache, positions=(lengths[rows] + step)[:, None]))[:, 0]
+        return [row[: next((i for i, token in enumerate(row) if token in stop), None)] for row in found.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------- files

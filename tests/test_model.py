@@ -332,6 +332,30 @@ def test_changing_or_saving_mapped_weights_leaves_the_rest_whole(tmp_path):
         assert all(torch.equal(t, wanted[name]) for name, t in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("attach", [csreft.attach, lambda model, config: model.model.layers[2].requires_grad_(True)])
+def test_nothing_below_the_first_trained_module_is_kept_or_run_again(attach):
+    model, batch = tiny(num_hidden_layers=4).train().requires_grad_(False), torch.tensor([[1, 2, 3]])
+    attach(model, csreft.Config(layers="2,3"))
+    at, kept, runs = [3], [0] * 4, [0] * 4  # the layer that runs; tensors kept in each, runs of each
+
+    def enter(index, layer, args):
+        at[0] = index
+        runs[index] += 1
+
+    def keep(tensor):
+        kept[at[0]] += 1
+        return tensor
+
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(partial(enter, index))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch, batch)
+    assert kept[:2] == [0, 0] and min(kept[2:]) > 0
+    model.model.checkpointing, runs[:] = True, [0] * 4
+    model(batch, batch).backward()
+    assert runs[:2] == [1, 1] and runs[3] == 2
+
+
 def test_checkpointing_runs_each_layer_again_and_changes_no_gradient():
     """Of CS-ReFT, whose gates the first layer's pre-hook makes, and all layers' hooks and the penalty read."""
     grads, calls = {}, {False: [], True: []}
