@@ -1,11 +1,12 @@
-"""Training steps, their memory, and generation, beside transformers and peft and beside the bare matrix products.
+"""Training steps, their memory, generation and loading, beside transformers and peft and the bare matrix products.
 
     pip install -r bench/requirements.txt
-    python -m bench.speed --shape base 512 135m
+    python -m bench.speed --shape base 512
+    python -m bench.speed --shape 135m 135m-all 135m-long --rows lora generate load
     python -m bench.speed --shape 7b --device cuda --dtype bfloat16      # 14 GB of disk
 
 A step is train.py's: loss, backward, clipping and AdamW, on random weights and examples of one length with labels on
-the last quarter. Theirs has a LoRA of rank 12 on every linear layer, MultiLoRA's total rank; beside sft it trains
+their last part. Theirs has a LoRA of rank 12 on every linear layer, MultiLoRA's total rank; beside sft it trains
 everything. The products are those of the step's linear layers, forward and backward. Memory is what loading and a step
 add to the peak of a fresh process. Ratios are by ours (above 1 ours is faster or smaller), medians over rounds.
 """
@@ -35,23 +36,24 @@ try:
 except ImportError:
     peft = None
 
-# {name: (configuration, examples, tokens of each)}
-SHAPES = {"base": (LlamaConfig.from_pretrained(train.HERE / "base"), 48, 43),
-          "512": (LlamaConfig(32000, 512, 1376, 8, 8), 8, 160),
-          "135m": (LlamaConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True), 8, 128),  # SmolLM2-135M
-          "1b": (LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True), 2, 256),  # Llama-3.2-1B
-          "7b": (LlamaConfig(32000, 4096, 11008, 32, 32), 16, 64)}  # Llama-2-7B
+SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True)  # of 135M parameters
+# {name: (configuration, examples, tokens of each, labelled ones of them)}
+SHAPES = {"base": (LlamaConfig.from_pretrained(train.HERE / "base"), 48, 43, 10),
+          "512": (LlamaConfig(32000, 512, 1376, 8, 8), 8, 160, 40),
+          "135m": (SMOLLM2, 8, 128, 38), "135m-all": (SMOLLM2, 8, 128, 128), "135m-long": (SMOLLM2, 2, 512, 154),
+          "1b": (LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True), 2, 256, 64),  # Llama-3.2-1B
+          "7b": (LlamaConfig(32000, 4096, 11008, 32, 32), 16, 64, 16)}  # Llama-2-7B
 METHODS = ("multilora", "lora", "sft", "csreft")
 
 
 def make(shape, folder, dtype):
     """Writes a checkpoint of this shape; returns the encoded examples."""
-    config, B, T = SHAPES[shape]
+    config, B, T, labelled = SHAPES[shape]
     with torch.device("meta"):
         model = Llama(replace(config, eos_token_id=None)).to(dtype)
     init_weights(model.to_empty(device="cpu").tie_weights(), seed=0)
     model.save_pretrained(folder)
-    cut, rows = T - T // 4, torch.randint(3, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+    cut, rows = T - labelled, torch.randint(3, config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
     return [data.Encoded(ids, [-100] * cut + ids[cut:], cut, 0) for ids in rows.tolist()]
 
 
@@ -121,6 +123,15 @@ def generation(who, case, new=64):
                    do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
+def loading(who, case):
+    """From the folder to the first logits."""
+    ids = torch.tensor([[3, 4, 5]], device=case.device)
+    if who is ours:
+        return torch.no_grad()(lambda: Llama.from_pretrained(case.folder, case.device, case.dtype)(ids))
+    read = partial(transformers.LlamaForCausalLM.from_pretrained, case.folder, dtype=case.dtype)
+    return torch.no_grad()(lambda: read().to(case.device)(ids))
+
+
 def added_memory(who, method, case):
     """Bytes that loading and a step add to this process's peak."""
     before = peak_memory(case.device)
@@ -143,11 +154,14 @@ def in_turns(functions, rounds, wait):
     return seconds
 
 
+OTHERS = {"generate": generation, "load": loading}
+
+
 def measure(what, case, sides):
-    """The columns of a row: of training with a method, or of generation."""
+    """The columns of a row: of training with a method, of generation or of loading."""
     peaks, wait = [], torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
-    if what == "generate":
-        seconds = in_turns([generation(who, case) for who in sides], case.rounds, wait)
+    if what not in METHODS:
+        seconds = in_turns([OTHERS[what](who, case) for who in sides], case.rounds, wait)
     else:
         for who in sides:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -162,7 +176,7 @@ def measure(what, case, sides):
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["base"], help="of the model (base)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--rows", nargs="+", choices=(*METHODS, *OTHERS), default=(*METHODS, *OTHERS))
     parser.add_argument("--device", default="cpu", help="as in train.py, and so is --dtype (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7, help="of which a ratio is the median (%(default)s)")
@@ -177,7 +191,7 @@ def main():
     for shape in case.shape:
         with tempfile.TemporaryDirectory() as case.folder:
             case.examples = make(shape, case.folder, case.dtype)
-            for what in [*case.methods, "generate"]:
+            for what in case.rows:
                 try:
                     line(f"{shape}, {what}", measure(what, case, sides))
                 except (OSError, MemoryError, RuntimeError) as error:  # too big for this machine
