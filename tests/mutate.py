@@ -374,7 +374,7 @@ WRONG = {
          "generation sees the padding"),
         ("positions=(lengths[rows] + step)[:, None]", "positions=(lengths.max() + step + 0 * lengths[rows])[:, None]",
          "generated positions from the longest prompt"),
-        ("found[rows, step] = token", "found[: len(rows), step] = token", "the tokens of rows that moved up in the batch"),
+        ("found[rows, step] = token", "found[: len(rows), step] = token", "tokens of rows that moved up"),
         ("k, v = stored if ctx.decoding else (k, v)", "pass", "the cache is not read"),
         ("[torch.arange(B, device=self.device), lengths - 1]", "[:, -1]", "continues after the padding"),
         ("logits / temperature", "logits * temperature", "temperature times the logits"),
