@@ -1,6 +1,8 @@
 """Makes the built-in base from nothing: a tokenizer, random weights, and the shared loop on the general tasks.
 
     python -m tools.pretrain --overwrite
+
+It replaces the files of the model, of the tokenizer and in `base/pretraining/`; the tasks stay.
 """
 
 import math
