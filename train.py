@@ -446,6 +446,7 @@ def compile_layers(backbone):
     torch._dynamo.reset()  # earlier runs of this process count for the limit below
     # A method may do something else at each layer (CS-ReFT does): a version of the code for each.
     torch._dynamo.config.cache_size_limit = max(8, 4 * len(backbone.layers))
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # else a layer with a hook may get the code of one without
     backbone.compiled = torch.compile(run_layer, dynamic=True)
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -26,16 +27,18 @@ def batch_of(model, lengths):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-@pytest.mark.parametrize("name, checkpointing", [("multilora", True), ("csreft", False), ("cofitune", False)])
-def test_compiled_layers_train_as_plain_ones_do(name, checkpointing):
+@pytest.mark.parametrize("name, layers, checkpointing", [
+    ("multilora", None, True), ("csreft", "all", False), ("csreft", "1,3", False), ("cofitune", "25%-50%", False)])
+def test_compiled_layers_train_as_plain_ones_do(name, layers, checkpointing):
     """Hooks of a method included; groups of other lengths do not compile again; evaluation is left as it is."""
     from torch._dynamo.utils import counters
     losses = []
     for compiled in (False, True):
-        model = tiny(num_hidden_layers=4 if name == "cofitune" else 2)
+        model = tiny(num_hidden_layers=2 if layers in (None, "all") else 4)
         perturb(model)
         torch.manual_seed(0)
-        adapter = train.start_adapter(model, *settled(name))
+        method, config = settled(name)
+        adapter = train.start_adapter(model, method, replace(config, layers=layers) if layers else config)
         model.model.checkpointing = checkpointing
         if compiled:
             counters.clear()
