@@ -466,13 +466,13 @@ def load_data(config, split=None, limit=None, train=True):
     if not (config.builtin and ours):
         print(f"template: {source}")
     suite = formats.load([] if config.builtin else config.data, config.eval_data, config.general_data, split, limit,
-                         config.mix, choices=config.choices)
+                         choices=config.choices)
     if config.builtin:
         suite = builtin.load(config.tasks, split, limit, common=not ours).joined(suite)
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     some = random.Random("validation").sample(suite.validation, min(512, len(suite.validation)))
     suite = replace(suite, train=suite.train if train else [], validation=some if config.eval_every else [])
-    return data.encode_suite(formats.dress(suite, template), tokenizer, longest), tokenizer, template.name
+    return data.encode_suite(formats.dress(suite, template, config.mix), tokenizer, longest), tokenizer, template.name
 
 
 def load_trial_data(config):

@@ -124,14 +124,11 @@ def hold_out(rows):
     return [r for i, r in enumerate(rows) if i not in out], [rows[i] for i in out]
 
 
-def load(files, eval_files=(), general_files=(), split="test", limit=0, mix="proportional", shots=0, shot_files=(),
-         choices="text"):
+def load(files, eval_files=(), general_files=(), split="test", limit=0, shots=0, shot_files=(), choices="text"):
     """Suite of user files. Without eval_files a twentieth of the rows, drawn from all over the file, is held out as
     test data; a twentieth of the others is validation data. Neither is ever trained on, whatever the split. General
     files are only scored: half of their rows are validation data, the others test data. limit takes rows from all over
     a file, too. shots: solved rows of shot_files in front of each scored question, none of which is scored itself.
-
-    mix "equal" repeats the smaller tasks' examples until each task has as many as the largest.
     """
     rows, held, general, shown = (read_files(part, choices) for part in (
         files, eval_files, general_files, shot_files))
@@ -167,9 +164,6 @@ def load(files, eval_files=(), general_files=(), split="test", limit=0, mix="pro
         if len(ahead) < shots:
             raise UserError(f"--shots {shots}: --shot-data has fewer rows for task {name!r} that are not scored")
         tests[name] = [with_shots(row, ahead) if shots else row for row in every]
-    if mix == "equal":
-        most = max(map(len, train.values()), default=0)
-        train = {name: [every[i % len(every)] for i in range(most)] for name, every in train.items()}
     kinds = {name: kind for name, (kind, _) in (rows | held | general).items()}
     return Suite(list(train), [row for every in train.values() for row in every], tests,
                  group={name: "general" if name in general else "new" for name in tests},

@@ -167,11 +167,16 @@ class Template:
         return pieces if answered and at == len(text) else None
 
 
-def dress(suite, template):
-    """The Suite with a template around its examples; for training each answer of a talk becomes an example."""
+def dress(suite, template, mix="proportional"):
+    """The Suite with a template around its examples; for training each answer of a talk becomes an example. mix "equal"
+    repeats the smaller tasks' examples until each task has as many as the largest."""
     train = [one for example in suite.train for one in template.answers(example)]
     if suite.train and not train:
         raise UserError("no answer is to be trained on: all rows have weight 0, train false or another such mark")
+    if mix == "equal":
+        tasks = {name: [one for one in train if one.task == name] for name in suite.trained}
+        most = max(map(len, tasks.values()))
+        train = [every[i % len(every)] for every in tasks.values() if every for i in range(most)]
     return replace(suite, train=train,
                    validation=[template.apply(example) for example in suite.validation],
                    tests={task: [template.apply(example) for example in suite.tests[task]] for task in suite.tests})

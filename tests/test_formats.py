@@ -3,12 +3,15 @@
 import gzip
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tokenizers
 import torch
 
 import formats
+import train
 from data import Tokenizer, encode
 from formats import FORMATS, read_files
 from formats.known import Format, example, final_number
@@ -223,9 +226,6 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, capsys):
     few = formats.load([big], [big], limit=40).tests["big"]
     assert len(few) == 40 and max(numbers(few, "big")) > 300
     assert "of the 40 rows that are scored are the same as rows trained on" in capsys.readouterr().out
-    equal = formats.load([big, small], mix="equal")
-    assert len(numbers(equal.train, "big")) == len(numbers(equal.train, "small")) == 361
-    assert len(set(numbers(equal.train, "small"))) == 28
     for split in ("test", "validation"):
         few = formats.load([pairs("few.jsonl", 3)], general_files=[pairs("one.jsonl", 1)], split=split)
         assert len(few.train) == len(few.tests["few"]) == 1
@@ -233,6 +233,18 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, capsys):
     for rows, split in ((1, "test"), (1, "validation"), (2, "validation")):
         with pytest.raises(UserError, match=rf"'few' has too few rows \({rows}\) to hold some out; give --eval-data"):
             formats.load([pairs("few.jsonl", rows)], split=split)
+
+
+def test_tasks_mixed_equally_have_as_many_answers_to_learn(tmp_path):
+    """Not as many rows: a talk has several answers."""
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    talk = written(tmp_path / "talk.jsonl", [{"messages": turn * 5}] * 40)
+    pair = written(tmp_path / "pair.jsonl", [{"prompt": str(i), "completion": "a"} for i in range(60)])
+    config = train.Config("lora", str(BASE), data=[str(talk), str(pair)], template="plain")
+    count = lambda mix: Counter(e.task for e in train.load_data(replace(config, mix=mix))[0].train)
+    assert count("proportional") == {0: 5 * 37, 1: 55} and count("equal") == {0: 185, 1: 185}
+    equal = train.load_data(replace(config, mix="equal"))[0].train
+    assert set(Counter(e.source for e in equal if e.task == 1).values()) == {3, 4}, "every row, about equally often"
 
 
 def test_solved_examples_keep_all_that_their_rows_say(tmp_path):
