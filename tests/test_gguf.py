@@ -1,6 +1,7 @@
 """tools.gguf: what gguf's own writer made is read back, and real files as transformers reads them."""
 
 import json
+import math
 import sys
 import zipfile
 
@@ -65,6 +66,14 @@ def write(file, model, kind=None, architecture="llama", **changes):
             data = np.concatenate([head[[i // 2 + i % 2 * c.head_dim // 2 for i in range(c.head_dim)]]
                                    for head in np.split(data, heads)])
         writer.add_tensor(f"{theirs}.weight", data, raw_dtype=kind if kind and tensor.dim() == 2 else None)
+    if c.rope_scaling:  # Llama 3.1's rule, wave by wave, as llama.cpp keeps it
+        low, high, factor = (c.rope_scaling[f"{key}factor"] for key in ("low_freq_", "high_freq_", ""))
+        divisors = []
+        for i in range(0, c.head_dim, 2):
+            turns = 8192 / (2 * math.pi * c.rope_theta ** (i / c.head_dim))
+            smooth = (turns - low) / (high - low)
+            divisors.append(factor if turns < low else 1.0 if turns > high else 1 / ((1 - smooth) / factor + smooth))
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -94,6 +103,16 @@ def test_a_random_llama_is_read_back(tmp_path, kind):
                                                                   for text in TEXTS]
     told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert told["chat_template"] == "{{ messages[0].content }}" and told["eos_token"] == "</s>"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_31s_rope_is_found_in_its_divisors(tmp_path, dtype):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}
+    write(tmp_path / "a.gguf", model_of(rope_scaling=rope))
+    here("-m", "tools.gguf", tmp_path / "a.gguf", tmp_path / "out", "--dtype", dtype)
+    found = Llama.from_pretrained(tmp_path / "out", dtype=None)
+    assert found.config.rope_scaling == rope and found.lm_head.weight.dtype == getattr(torch, dtype)
 
 
 def test_transformers_reads_the_file_as_the_folder(tmp_path):

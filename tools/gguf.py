@@ -44,11 +44,12 @@ def unpacked(file):
 
 
 def read(gguf, file, dtype):
-    """({key: value} of the metadata, {name: tensor}) of a .gguf, read by the package gguf, and closed again."""
+    """({key: value} of the metadata, {name: tensor}) of a .gguf, read by the package gguf, and closed again. All but
+    the RoPE's divisors, which are no weights, are of this dtype."""
     reader = gguf.GGUFReader(file)
     return {key: field.contents() for key, field in reader.fields.items()}, {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).to(dtype)
-        for tensor in reader.tensors}
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).to(
+            torch.float32 if tensor.name == "rope_freqs.weight" else dtype) for tensor in reader.tensors}
 
 
 def config_of(facts, tensors):
