@@ -64,7 +64,9 @@ class Suite:
     validation: list = field(default_factory=list)  # of the trained tasks, for --eval-every
 
     def joined(self, other):
-        """The Suite with the tests of another one, too."""
+        """The Suite with the tests of another one, too. Raises UserError where both have a task of one name."""
+        if both := self.tests.keys() & other.tests.keys():
+            raise UserError(f"task {min(both)!r} is a built-in one: name the file's apart with NAME=FILE")
         return replace(self, **{name: getattr(self, name) | getattr(other, name)
                                 for name in ("tests", "group", "aspect", "score")})
 

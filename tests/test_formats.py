@@ -413,6 +413,7 @@ def test_the_final_number_follows_the_reference_rule():
     (["--mix", "equal"], ["--mix"]),
     (["--data", "pairs.json", "pairs=boolq.json"], ["two files of task 'pairs'", "NAME=FILE"]),
     (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
+    (["--general-data", "currency=boolq.json"], ["'currency' is a built-in one", "NAME=FILE"]),
     (["--data", "pairs.json", "--eval-data", "boolq.json", "--eval-split", "validation"], ["--eval-data"]),
     (["--data", "bad.csv"], ["bad.csv:2: 1 columns"]),
     (["--data", "pairs.json", "--template", "chatty"], ["chatty", "alpaca", "llama3"]),
