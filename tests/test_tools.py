@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import data
 import train
 from base import suite as builtin
+from formats import chat_template
 from model import Llama
 from tests.helpers import BASE, QUICK, cli, here, json_lines, one_line_error, random_ids, their_logits, written
 
@@ -92,6 +93,9 @@ def test_chat_answers_a_file_in_alpaca_evals_form(tmp_path):
     written(file, [{"instruction": "fine"}, {"prompt": "none"}])
     message = one_line_error(*args[:-3], tmp_path / "other.json")
     assert ":2 cannot be read: 'instruction' is missing" in message and not (tmp_path / "other.json").exists()
+    for content, words in (('[{"instruction": ""}]', "record 1: the instruction is empty"), ('["a"]', "no records")):
+        file.write_text(content)
+        assert words in one_line_error(*args[:-3], tmp_path / "other.json")
 
 
 # ---------------------------------------------------------------------------------------------- plot
@@ -132,6 +136,21 @@ def test_an_exported_checkpoint_has_the_runs_logits_and_the_bases_tokenizer(runs
     here("-m", "tools.export", out, "--hf", tmp_path / "again", "--base", BASE, cwd=tmp_path)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == before[merged / "model.safetensors"]
     torch.testing.assert_close(their_logits(merged, ids), wanted(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("asked", ["auto", "plain"])
+def test_an_export_has_one_template_wherever_the_base_had_its_own(runs, tmp_path, asked):
+    """transformers reads none from chat_template.json beside a tokenizer, and this project does."""
+    base = shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("pretraining", "*.py", "__pycache__"))
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": config.pop("chat_template")}))
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    out = runs("--method", "lora", *QUICK, "--base", base, "--template", asked)
+    here("-m", "tools.export", out, "--hf", tmp_path / "merged")
+    told = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())["chat_template"]
+    wanted = json.loads((out / "config.json").read_text())["template"]
+    assert wanted == "plain" or told == wanted
+    assert chat_template(tmp_path / "merged") == told and ("###" in told) == (asked == "auto")
 
 
 @pytest.mark.parametrize("method", ["multilora", "lora"])
@@ -176,6 +195,8 @@ def test_show_brackets_what_is_trained_on_and_spells_characters_of_several_token
     assert re.search(r"^work +pair +exact +3 ", text, re.M)
     assert re.search(r"user: +北京\?\n +assistant: +é是\n", text)
     assert "北+3 京+3 ?" in text and "[é+2] [是+3] [</s>]" in text and "\ufffd" not in text
+    written(tmp_path / "b.jsonl", [{"prompt": "Q", "completion": "A", "weight": 0}] * 3)
+    assert "no answer of b is to be trained on" in one_line_error("-m", "tools.show", file, tmp_path / "b.jsonl")
 
 
 def test_show_lists_the_built_in_suite(monkeypatch):
@@ -241,6 +262,7 @@ def test_pretraining_makes_a_base_and_replaces_one_only_when_told(tmp_path, monk
     ("tools.chat", ["base", "Hello", "--seed", "1" * 40], ["--seed from 0"]),
     ("tools.chat", ["base", "Hell\udcff"], ["the prompt cannot be read"]),
     ("tools.chat", ["base", "Hello", "--temprature", "1"], ["--temprature", "--help lists"]),
+    ("tools.score", ["base", "--eval-data", "x", "--eval-split", "validation"], ["leave out --eval-split"]),
     ("tools.export", ["base", "--hf", "x"], ["no adapter.safetensors"]),
     ("tools.export", ["base"], ["one of --hf DIR and --peft DIR"]),
     ("tools.show", ["none.json"], ["none.json", "cannot be read"]),

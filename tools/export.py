@@ -18,8 +18,9 @@ from formats.templates import chat_template
 from model import UserError, open_tensors, read_json, tensor_files, write_json, written
 from train import load_run
 
+# Not chat_template.json, which transformers does not read beside a tokenizer.
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "chat_template.jinja", "chat_template.json")
+          "chat_template.jinja")
 
 
 def save_merged(run, base, out):
@@ -39,7 +40,7 @@ def save_merged(run, base, out):
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     template, source = choose(saved["template"], tokenizer, checkpoint)
     changes = {"generation_config.json": {"eos_token_id": sorted(tokenizer.stop_ids)}}
-    if saved["template"] != chat_template(checkpoint):
+    if saved["template"] != chat_template(out):
         (out / "chat_template.jinja").unlink(missing_ok=True)
         changes["tokenizer_config.json"] = {"chat_template": template.exported()}
     for file, values in changes.items():
