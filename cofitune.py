@@ -77,7 +77,7 @@ class Config:
     layers: Annotated[str, "layers to train: search, all, a list such as 3,9, or a range such as 25%-50%"] = "search"
     modules: Annotated[str, "what to train in them: linear layers, or all; searched too"] = "up_proj,down_proj"
     search_steps: Annotated[int, "optimiser steps of each node of the search", "[1, inf)"] = 400
-    search_lr: Annotated[float | None, "peak learning rate of each node, which has no mask; default: --lr's own",
+    search_lr: Annotated[float | None, "peak learning rate of each node, which has no mask; default: --lr's default",
                          "(0, inf)"] = None
     mask_on: Annotated[Literal["update", "grad", "none"], "what 1 - I multiplies"] = "update"
     mask_source: Annotated[Literal["importance", "random"],

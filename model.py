@@ -484,8 +484,9 @@ class Llama(nn.Module):
 
         stop: the token ids that end a row (not returned). temperature 0 is greedy. tasks: index of each prompt's task.
         finished: from (B,) bool, whether a row has ended, to whether generation ends.
-        Returns one list of new token ids for each prompt, which does not depend on the other prompts. Raises UserError
-        for an empty prompt, for more tokens than the model has positions, and where its numbers overflow.
+        Returns one list of new token ids for each prompt, which, unless it is sampled, does not depend on the other
+        prompts. Raises UserError for an empty prompt, for more tokens than the model has positions, and where its
+        numbers overflow.
         """
         if max(map(len, prompts)) + max_new_tokens > self.config.max_position_embeddings:
             raise UserError(f"{max(map(len, prompts))} prompt tokens and {max_new_tokens} new ones exceed the model's "
