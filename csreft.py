@@ -86,7 +86,7 @@ def parse_positions(text):
         return None
     counts = {"f": 0, "l": 0}
     for part in text.split("+"):
-        if part[:1] not in counts or not part[1:].isdigit() or counts[part[0]]:
+        if part[:1] not in counts or not part[1:].isdecimal() or counts[part[0]]:
             raise UserError(f"--positions {text!r}: expected all, or first and last prompt tokens such as f5+l5 or l1")
         counts[part[0]] = int(part[1:])
     if not any(counts.values()):

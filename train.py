@@ -7,7 +7,6 @@ a method by name: a `*.py` beside this file that defines `Config` and `attach(mo
 (README, "Add a method").
 """
 
-import argparse
 import importlib
 import math
 import random
@@ -116,7 +115,7 @@ class Config:
 
 def parse(argv):
     """(Config, the method's Config) from the command line; exits with code 2 and one line on a mistake."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--method")
     name = first.parse_known_args(argv)[0].method
     parser, standard = Parser(description=__doc__.split("\n\n")[0]), Config(method=name)
@@ -130,7 +129,7 @@ def parse(argv):
     rate = f"default --lr at width {WIDTH}: {defaults_of(name)['lr']:g}"
     add_flags(parser.add_argument_group(f"--method {name}", rate), default)
     found = vars(parser.parse_args(argv))
-    if found["epochs"] and found["steps"] == standard.steps:
+    if found["epochs"] and not any(arg.split("=")[0] == "--steps" for arg in argv):
         found["steps"] = None
     return tuple(type(of)(**{f.name: found[f.name] for f in fields(of)}) for of in (standard, default))
 
@@ -264,7 +263,8 @@ def run(config, method_config=None, argv=(), trial_data=None):
         try:
             results = learn(config, model, adapter, suite, tokenizer, folder, keep, trial=trial_data is not None)
         except Stopped as stopped:
-            again = f"command continues: {note['command']}" if argv else "call continues"
+            again = "call continues" + ", without overwrite" * config.overwrite
+            again = f"command continues: {note['command']}" if argv else again
             raise Stopped(stopped.number, f"{stopped}; the same {again}") from None
         except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
             left = f"; {out} holds the first {keep.facts['step']} steps" if "step" in keep.facts else ""
@@ -434,7 +434,7 @@ def device_and_dtype(config):
             dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
             (torch.ones(1, device=device, dtype=dtype) + 1).item()
             return torch.device(device), dtype
-        except (RuntimeError, AssertionError, TypeError) as error:
+        except (RuntimeError, AssertionError, TypeError, ImportError) as error:
             message = f"--device {device} cannot be used: {str(error).splitlines()[0]:.120}"
         if config.device != "auto":
             raise UserError(message)
@@ -469,6 +469,8 @@ def load_data(config, split=None, limit=None, train=True):
                          choices=config.choices)
     if config.builtin:
         suite = builtin.load(config.tasks, split, limit, common=not ours).joined(suite)
+    if config.eval_every and not suite.validation:
+        raise UserError("--eval-every needs validation rows, and a single row is trained on: leave it out")
     longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
     some = random.Random("validation").sample(suite.validation, min(512, len(suite.validation)))
     suite = replace(suite, train=suite.train if train else [], validation=some if config.eval_every else [])

@@ -179,7 +179,7 @@ def load(tasks="all", split="test", limit=0, common=False):
 
     Raises UserError, listing the valid names, for a task that does not exist.
     """
-    trained = list({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")]))
+    trained = list(dict.fromkeys({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")])))
     if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
         raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}, or all")
     scored = [t for t in TASKS if t in trained or t in GENERAL and not common]

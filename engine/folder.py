@@ -116,7 +116,9 @@ class RunFolder:
 
 
 def refuse_inputs(out, inputs):
-    """Raises UserError where an output folder is, or holds, something that the run reads."""
+    """Raises UserError where an output folder has no name, or is, or holds, something that the run reads."""
+    if out.name in ("", ".."):
+        raise UserError(f"--out {out} has no name of its own: name a folder, such as out/lora")
     for file in inputs:
         if out.resolve() in (Path(file).resolve(), *Path(file).resolve().parents):
             raise UserError(f"--out {out} is or holds {file}, which this run reads: choose another --out")

@@ -100,6 +100,11 @@ def test_splits_share_no_prompt_and_skills_no_operands_and_facts_that_are_tested
             assert not numbers(train) & numbers(test), "12 + 34 is the same problem as 34 + 12"
 
 
+def test_a_task_that_is_named_twice_is_learned_once():
+    suite = builtin.load("tool, tool")
+    assert suite.trained == ["tool"] and len(suite.train) == 2000
+
+
 @pytest.mark.slow
 def test_the_suite_is_the_same_in_every_process():
     code = "repr([suite.generate(name, 'test') for name in suite.TASKS]).encode()"

@@ -415,6 +415,8 @@ def test_the_final_number_follows_the_reference_rule():
     (["--data", "pairs.json", "--general-data", "pairs.json"], ["'pairs' is both general and to be learned"]),
     (["--general-data", "currency=boolq.json"], ["'currency' is a built-in one", "NAME=FILE"]),
     (["--data", "pairs.json", "--eval-data", "boolq.json", "--eval-split", "validation"], ["--eval-data"]),
+    (["--data", "one.json", "--eval-data", "pairs.json", "--eval-every", "1"], ["--eval-every needs validation rows"]),
+    (["--data", "pairs.json", "--out", "."], ["--out . has no name of its own"]),
     (["--data", "bad.csv"], ["bad.csv:2: 1 columns"]),
     (["--data", "pairs.json", "--template", "chatty"], ["chatty", "alpaca", "llama3"]),
     (["--data", "pairs.json", "--method", "cofitune"], ["--general-data", "make its choice yourself"]),
@@ -422,6 +424,7 @@ def test_the_final_number_follows_the_reference_rule():
 def test_a_mistake_about_data_is_one_clear_line(tmp_path, args, names):
     written(tmp_path / "pairs.json", [{"prompt": f"What is {i}?", "answer": str(i)} for i in range(40)])
     written(tmp_path / "boolq.json", [BOOLQ] * 40)
+    written(tmp_path / "one.json", [{"prompt": "What?", "answer": "That."}])
     (tmp_path / "bad.csv").write_text("prompt,answer\nonly one\n")
     method = [] if "--method" in args else ["--method", "multilora"]
     message = one_line_error(HERE / "train.py", *method, *args, "--base", BASE, "--steps", "1", cwd=tmp_path)

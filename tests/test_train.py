@@ -63,6 +63,10 @@ def test_every_field_of_a_settings_dataclass_is_a_flag():
     (["--method", "dreamlora"], ["'dreamlora'", "multilora", "lora"]),
     (["--steps", "5"], ["--method", "multilora"]),
     (["--method", "lora", "--steps", "3", "--epochs", "1"], ["one of --steps and --epochs"]),
+    (["--method", "lora", "--steps", "600", "--epochs", "1"], ["one of --steps and --epochs"]),
+    (["--method"], ["--method: expected one argument"]),
+    (["--method", "csreft", "--positions", "f²"], ["--positions 'f²'"]),
+    (["--method", "lora", "--device", "hpu"], ["--device hpu cannot be used"]),
 ])
 def test_a_mistake_is_one_clear_line(tmp_path, args, names):
     short = [word for flag, value in (("--steps", "1"), ("--tasks", "currency")) if flag not in args

@@ -24,10 +24,12 @@ def read_prompts(file):
     records, asked = [], []
     for line, record, error in read_records(file):
         with reading(f"{file}:{line}"):
-            if error:
-                raise UserError(f"{file}:{line}: {error}")
+            if error or not record["instruction"]:
+                raise UserError(f"{file}:{line}: {error or 'the instruction is empty'}")
             records.append(record)
             asked.append([Segment(record["instruction"], "user"), Segment(record.get("input") or "", "input")])
+    if not records:
+        raise UserError(f"{file} holds no records")
     return records, [[s for s in segments if s.text] for segments in asked]
 
 

@@ -50,6 +50,8 @@ def main():
     args = parser.parse_args()
     if args.shots < 0 or bool(args.shots) != bool(args.shot_data) or args.shots and not args.eval_data:
         raise UserError("--shots N, --shot-data and --eval-data go together")
+    if args.eval_data and args.eval_split == "validation":
+        raise UserError("--eval-data is the test data: leave out --eval-split validation")
 
     settings, run, file = {"base": str(args.model)}, None, args.model / "config.json"
     if (args.model / "adapter.safetensors").exists():
@@ -58,7 +60,7 @@ def main():
             settings = run["asked"]["settings"]
             settings |= {"template": run["template"]} if args.eval_data else {}
             settings |= {"base": args.base} if args.base else {}
-    settings |= {"data": args.eval_data, "tasks": "all"} if args.eval_data else {}
+    settings |= {"data": args.eval_data, "tasks": "all", "eval_split": "test"} if args.eval_data else {}
     with reading(file):
         config = Config(**settings)
     config = replace(config, **{name: getattr(args, name) for name in OF_TRAIN if getattr(args, name) is not None})

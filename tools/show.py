@@ -12,6 +12,7 @@ from base import suite
 from data import Tokenizer, encode, exact
 from engine.flags import Parser, command_line
 from formats import FORMATS, TEMPLATES, choose, read_files
+from model import UserError
 
 
 def as_text(example):
@@ -76,6 +77,9 @@ def main():
         tasks = {name: (kind, exact, suite.generate(name, "train")[:2000]) for name, (kind, _) in suite.TASKS.items()}
     tasks = {name: (kind, score, [one for row in rows for one in template.answers(row)])
              for name, (kind, score, rows) in tasks.items()}
+    if untrained := [name for name, (*_, examples) in tasks.items() if not examples]:
+        raise UserError(f"no answer of {untrained[0]} is to be trained on: all rows have weight 0, train false or "
+                        "another such mark")
     show_table(tasks, tokenizer, args.max_length)
     print("\nThe first example of each task: what is said, then token by token; [brackets] mark what is trained on.")
     for name, (_, _, (first, *_)) in tasks.items():
