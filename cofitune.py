@@ -60,6 +60,7 @@ tensor([[0.5379, 0.5379],
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Annotated, Literal
@@ -95,10 +96,11 @@ class Config:
 
 def parse_shares(text):
     """[share] in order, from a text such as "0.25,0.5"."""
-    try:
-        return sorted(float(part) for part in text.split(",") if part)
-    except ValueError:
-        raise UserError(f"--shares {text!r}: expected numbers such as 0.25,0.5") from None
+    with suppress(ValueError):
+        shares = sorted(float(part) for part in text.split(",") if part)
+        if all(map(math.isfinite, shares)):
+            return shares
+    raise UserError(f"--shares {text!r}: expected numbers such as 0.25,0.5")
 
 
 # Everything trainable, no mask: full supervised fine-tuning.

@@ -93,6 +93,7 @@ class Config:
     def __post_init__(self):
         if self.epochs and self.steps:
             raise UserError("give one of --steps and --epochs")
+        self.base = str(self.base)
         for name in ("steps", "batch_size"):
             if getattr(self, name) is None and not (name == "steps" and self.epochs):
                 setattr(self, name, defaults_of(self.method)[name])

@@ -48,10 +48,13 @@ def arguments(doc, **switches):
 # ---------------------------------------------------------------------------------------------- runs
 
 
+def all_flags(flags, args):
+    return [*shlex.split(flags), *shlex.split(args.train_flags)]
+
+
 def start(flags, folder, args):
     """The process of one run. A Ctrl-C at the terminal reaches this program alone, and finish() passes it on once."""
-    flags = [*shlex.split(flags), *shlex.split(args.train_flags)]
-    command = [sys.executable, str(HERE.parent / "train.py"), *flags, "--out", str(folder)]
+    command = [sys.executable, str(HERE.parent / "train.py"), *all_flags(flags, args), "--out", str(folder)]
     with open(f"{folder}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": str(args.threads)}, start_new_session=True)
@@ -59,10 +62,15 @@ def start(flags, folder, args):
 
 def finish(runs, args):
     """{flags: results.json, and the run's "folder"}. Runs that are not finished are made, `args.jobs` at a time. Raises
-    UserError at the end if one failed."""
+    UserError at the end if one failed, and at once where a finished one had other --train-flags."""
     # "--method lora --seed 3" lies in method-lora_seed-3
     folders = {flags: args.out / flags.removeprefix("--").replace(" --", "_").replace(" ", "-") for flags in runs}
     waiting = [flags for flags, folder in folders.items() if not (folder / "results.json").exists()]
+    for flags, folder in folders.items():
+        if flags not in waiting:
+            command = shlex.split(read_json(folder / "config.json")["command"])
+            if command[2:-2] != all_flags(flags, args):  # without "python train.py" and --out
+                raise UserError(f"{folder} holds a run with other --train-flags: choose another --out")
     working, took, failed = {}, [], []
     if waiting:
         print(f"{len(waiting)} of {len(folders)} runs to make, {args.jobs} at a time", flush=True)

@@ -214,7 +214,7 @@ WRONG = {
         ("    model.requires_grad_(False)\n", "", "the base is trained as well"),
     ),
     "cofitune.py": (
-        ("return sorted(float(part)", "return list(float(part)", "shares in the order of asking"),
+        ("shares = sorted(float(part)", "shares = list(float(part)", "shares in the order of asking"),
         ('layers="all", modules="all", mask_on="none")', 'layers="50%-100%", modules="all", mask_on="none")',
          "SFT of half the layers"),
         ('"what 1 - I multiplies"] = "update"', '"what 1 - I multiplies"] = "grad"', "the gradient masked by default"),

@@ -121,18 +121,20 @@ def test_pictures_for_a_lecture_have_the_shapes_of_the_defaults(tmp_path):
 def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """In the place of train.py: a run leaves its seed as its score, and seed 12 fails. At most two at a time."""
     script = ("import json, pathlib, sys; folder = pathlib.Path(sys.argv[2]); folder.mkdir(); seed = int(sys.argv[1]);"
+              "(folder / 'config.json').write_text(json.dumps({'command': sys.argv[3]}));"
               "sys.exit(3) if seed == 12 else (folder / 'results.json').write_text(json.dumps("
               "{'speciality': seed, 'versatility': 1, 'seconds': 1}))")
     made, most = [], []
 
-    def fake(flags, folder, threads):
-        made.append(subprocess.Popen([sys.executable, "-E", "-c", script, flags.split()[-1], str(folder)]))
+    def fake(flags, folder, args):
+        command = f"python train.py {flags} {args.train_flags} --out x"
+        made.append(subprocess.Popen([sys.executable, "-E", "-c", script, flags.split()[-1], str(folder), command]))
         most.append(sum(process.poll() is None for process in made))
         return made[-1]
 
     monkeypatch.setattr(runner, "start", fake)
     rows, args = {"a": "--method sft", "b": "--method lora --layers 50%-100%"}, SimpleNamespace(
-        out=tmp_path / "out", jobs=2, threads=1, seeds=[11, 12, 13])
+        out=tmp_path / "out", jobs=2, threads=1, seeds=[11, 12, 13], train_flags="--eval-limit 1")
     with pytest.raises(UserError, match="failed: 2; .*seed-12.log says why"):
         runner.over_seeds(rows, args)
     printed = capsys.readouterr().out
@@ -142,6 +144,9 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(tmp_path
     assert len(made) == 6 and max(most) == 2 and capsys.readouterr().out == ""
     assert [run["speciality"] for run in results["b"]] == [13, 11]
     assert results["b"][0]["folder"] == tmp_path / "out" / "method-lora_layers-50%-100%_seed-13"
+    args.train_flags = ""
+    with pytest.raises(UserError, match="sft_seed-13 holds a run with other --train-flags"):
+        runner.over_seeds(rows, args)
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_every_field_of_a_settings_dataclass_is_a_flag():
     (["--method", "lora", "--steps", "600", "--epochs", "1"], ["one of --steps and --epochs"]),
     (["--method"], ["--method: expected one argument"]),
     (["--method", "csreft", "--positions", "f²"], ["--positions 'f²'"]),
+    (["--method", "sft", "--shares", "0.5,nan"], ["--shares '0.5,nan'", "such as"]),
     (["--method", "lora", "--device", "hpu"], ["--device hpu cannot be used"]),
 ])
 def test_a_mistake_is_one_clear_line(tmp_path, args, names):

@@ -53,9 +53,9 @@ def main():
     if args.eval_data and args.eval_split == "validation":
         raise UserError("--eval-data is the test data: leave out --eval-split validation")
 
-    settings, run, file = {"base": str(args.model)}, None, args.model / "config.json"
-    if (args.model / "adapter.safetensors").exists():
-        run = read_json(file)
+    settings, file = {"base": str(args.model)}, args.model / "config.json"
+    run = read_json(file)
+    if is_run := "asked" in run:
         with reading(file):
             settings = run["asked"]["settings"]
             settings |= {"template": run["template"]} if args.eval_data else {}
@@ -66,7 +66,7 @@ def main():
     config = replace(config, **{name: getattr(args, name) for name in OF_TRAIN if getattr(args, name) is not None})
     check(config)
     device, dtype = device_and_dtype(config)
-    if run:
+    if is_run:
         model = load_run(args.model, device, dtype, args.base, config.shard)[0]
     else:
         model = devices.load(args.model, device, dtype, config.shard)
