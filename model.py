@@ -507,7 +507,8 @@ class Llama(nn.Module):
             ended[rows] |= torch.isin(token, ends)
             if step == max_new_tokens - 1 or step % 8 == 7 and bool(finished(ended)):  # asking makes the host wait
                 break
-            if step % 8 == 7 and not (going := ~ended[rows] | ended.all()).all():  # rows that have ended leave
+            # Rows that have ended leave. Where all have, they stay: in a sharded run other processes may need the pass.
+            if step % 8 == 7 and not (going := ~ended[rows] | ended.all()).all():
                 rows, token = rows[going], token[going]
                 cache.take(going)
             h = self.model(token[:, None], Context(cache=cache, positions=(lengths[rows] + step)[:, None]))[:, 0]

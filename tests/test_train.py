@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def test_a_methods_defaults_reach_a_config_however_it_is_made(name):
     asked = train.Config(method=name, lr=1.0, steps=3)
     assert (asked.lr, asked.steps, asked.batch_size) == (1.0, 3, batch_size)
     assert train.parse(["--method", name, "--batch-size", "7"])[0] == train.Config(method=name, batch_size=7)
+    assert train.Config(name, Path("base")) == train.Config(name, "base")
 
 
 def test_the_default_rate_falls_with_the_bases_width_and_one_that_is_too_high_is_named(tmp_path, capsys):
@@ -279,6 +281,7 @@ def test_a_run_that_cannot_be_loaded_says_why(runs, tmp_path, monkeypatch):
     (run / "adapter.safetensors").unlink()
     with pytest.raises(UserError, match="holds no adapter.safetensors"):
         train.load_run(run)
+    assert "holds no adapter.safetensors" in one_line_error("-m", "tools.score", run, "--base", BASE), "unfinished"
 
 
 def test_a_run_and_a_base_are_scored_as_the_runs_own_table_has_them(runs, tmp_path):
