@@ -63,7 +63,7 @@ class Config:
 
 # The same total rank in one module, alpha / r as above: LoRA.
 PRESETS = {"lora": Config(modules=1, rank=12, alpha=24.0, scaling="none")}
-# Over train.py's STANDARD. By muP the rate of A, which sums over the width, falls with it, and that of B and s does not:
+# Over train.py's STANDARD. By muP the rate of A, which sums over the width, falls with it; that of B and s does not. So
 # one rate for all falls with the root (Hayou et al., "LoRA+", arXiv 2402.12354).
 DEFAULTS = {"multilora": {"lr": 8e-3, "width_power": 0.5}, "lora": {"lr": 4e-3, "width_power": 0.5}}
 
