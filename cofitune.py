@@ -136,14 +136,15 @@ def plan(config, model_config, trial):
     trial(name, config, steps=..., lr=...) fine-tunes a fresh copy, without a mask, in a folder of that name; its
     results have "seconds" and "points", one (as in scored) for each of config.shares.
 
-    Prints, node by node, how long the rest may take; then draw_tree of all nodes, ("base", "") and ("SFT", "") first,
-    which are never chosen; "other nodes within one standard error of the chosen one: N", of its H, where there are
-    any; and "chosen: --layers ... --modules ...".
+    Prints how many nodes there may be; node by node, how long the rest may take; then draw_tree of all nodes,
+    ("base", "") and ("SFT", "") first, which are never chosen; "other nodes within one standard error of the chosen
+    one: N", of its H, where there are any; and "chosen: --layers ... --modules ...".
     """
     if config.layers != "search":
         return config
     most = len(RANGES) * len(KINDS) + 2 + max(map(len, PARTS.values())) + 1
-    print(f"tree search: at most {most} nodes of {config.search_steps} steps", flush=True)
+    print(f"tree search: at most {most} nodes of {config.search_steps} steps; --search-steps and --eval-limit shorten "
+          "it, --layers skips it", flush=True)
     seconds = []
 
     def score(layers, modules, shares=SHARES):

@@ -77,10 +77,10 @@ class LlamaConfig:
                 raise UserError(f"{file}: {key} is {raw.get(key)!r:.80}, expected {expected}")
 
         kind = raw.get("model_type", "llama")
-        if kind == "mistral":  # its default, as in transformers
-            raw.setdefault("max_position_embeddings", 131072)
+        if kind == "mistral":  # its defaults, as in transformers
+            raw = {"max_position_embeddings": 131072, "sliding_window": 4096, **raw}
         need(kind in ("llama", "mistral"), "model_type", "'llama' (or 'mistral' without sliding window)")
-        need(kind == "llama" or raw.get("sliding_window", 4096) is None, "sliding_window",
+        need(kind == "llama" or raw["sliding_window"] is None, "sliding_window",
              "null, written out: sliding-window attention is not implemented")
         need(not raw.get("quantization_config"), "quantization_config", "float32, float16 or bfloat16 weights")
         need(raw.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'")

@@ -1,11 +1,11 @@
 """All six methods on a real base: two new fact tasks, and what the base keeps of what it knew.
 
-    python -m reproduce.real --seeds 3 --train-flags "--base out/smollm2 --general-data PIQA.jsonl ALPACA.json"
+    python -m reproduce.real --seeds 5 --train-flags "--base out/smollm2 --general-data PIQA.jsonl ALPACA.json"
     python -m reproduce.real --grid --train-flags "--base out/smollm2"   # the default rates against their multiples
 
 Short examples and 150 steps of 8, so that a run on two cores is a matter of minutes. Rates are the defaults, which fall
 with the base's width. CoFiTune's region is the one that a search chooses on the small base. The statements are those of
-`reproduce/claims/`, judged where there are five seeds.
+`reproduce/claims/`; alone, a task has as many of its examples as it has beside the other.
 """
 
 import json
@@ -14,11 +14,13 @@ import shlex
 import train
 from cofitune import harmonic
 from engine.flags import command_line
+from reproduce.claims import csreft
 from reproduce.compare import METHODS
 from reproduce.runner import (CHOSEN_WITH, NAMES, about, arguments, column, finish, judge, markdown, over_seeds,
                               scores_of, store, verdicts)
 
 PROTOCOL = "--tasks currency,tool --steps 150 --batch-size 8 --samples 0"
+ALONE = "--steps 75 --batch-size 8 --samples 0"
 GRID_PROTOCOL = "--tasks currency,tool --steps 40 --batch-size 8 --samples 0 --eval-limit 1"
 TIMES = (0.5, 1, 2, 4)
 REGION = "--layers 50%-100% --modules gate_proj,up_proj,down_proj"
@@ -27,9 +29,12 @@ RUNS = {**{name: f"--method {name}" for name in METHODS}, "cofitune": f"--method
 
 
 def compare(args):
-    """{row: a dictionary for each seed}"""
-    return {name: [brief(run) for run in row] for name, row in over_seeds(
-        {name: f"{flags} {PROTOCOL}" for name, flags in RUNS.items()}, args).items()}
+    """{row: a dictionary for each seed}, and "interference" and "gates" as in claims/csreft.py"""
+    together = over_seeds({name: f"{flags} {PROTOCOL}" for name, flags in RUNS.items()}, args)
+    measured = csreft.measure_all({name: together[name] for name in csreft.RUNS},
+                                  {name: RUNS[name] for name in csreft.RUNS}, ("currency", "tool"), ALONE, args)
+    return {**{name: list(map(brief, row)) for name, row in together.items()},
+            **{key: measured[key] for key in ("interference", "gates")}}
 
 
 def brief(run):
@@ -42,20 +47,19 @@ def brief(run):
             "gigabytes": run["peak_memory_bytes"] / 1e9, "effective_rank": run["report"].get("effective_rank")}
 
 
-def judged(section, args):
-    of = lambda name, key: column(section[name], key)
-    H = lambda name: [harmonic({**scores_of(run), "errors": (0.0, 0.0)})[0] for run in section[name]]
-    pairs = (("accuracy on the new tasks: MultiLoRA above LoRA", "multilora", "lora", of, "speciality"),
-             ("ΔW's effective rank: MultiLoRA's above LoRA's", "multilora", "lora", of, "effective_rank"),
-             ("accuracy on the new tasks: CS-ReFT above LoReFT", "csreft", "loreft", of, "speciality"),
-             ("accuracy on the new tasks: CS-ReFT above LoRA", "csreft", "lora", of, "speciality"),
-             ("H of both scores: CoFiTune above SFT", "cofitune", "sft", H),
-             ("H of both scores: CoFiTune above its coarse step alone", "cofitune", "coarse", H))
-    return [judge(text, args.seeds, find(ours, *key), find(theirs, *key)) for text, ours, theirs, find, *key in pairs]
+def judged(section, seeds):
+    accuracy = {name: column(section[name], "speciality") for name in RUNS}
+    rank = {name: column(section[name], "effective_rank") for name in ("multilora", "lora")}
+    H = {name: [harmonic({**scores_of(run), "errors": (0.0, 0.0)})[0] for run in section[name]] for name in RUNS}
+    return [judge("accuracy on the new tasks: MultiLoRA above LoRA", seeds, accuracy["multilora"], accuracy["lora"]),
+            judge("ΔW's effective rank: MultiLoRA's above LoRA's", seeds, rank["multilora"], rank["lora"], "directions"),
+            *csreft.judged({**section, "accuracy": accuracy}, seeds),
+            judge("H of both scores: CoFiTune above SFT", seeds, H["cofitune"], H["sft"]),
+            judge("H of both scores: CoFiTune above its coarse step alone", seeds, H["cofitune"], H["coarse"])]
 
 
-def compared(section, claims):
-    """The table of what compare() makes, and the verdicts."""
+def compared(section):
+    """The tables of what compare() makes, and of the verdicts where there are any."""
     first, *_ = section["sft"]
     losses = list(first["loss"])
     rows = [["before training", "", f"{first['versatility_before']:.1f}",
@@ -65,7 +69,8 @@ def compared(section, claims):
                      *(about((run["loss"][task][1] for run in runs), 2) for task in losses),
                      f"{sum(column(runs, 'seconds')) / len(runs) / 60:.0f}", f"{max(column(runs, 'gigabytes')):.1f}"])
     table = markdown(["", "speciality", "versatility", *(f"loss on {task}" for task in losses), "minutes", "GB"], rows)
-    return table + (f"\n\n{verdicts(claims)}" if claims else "")
+    parts = [verdicts(section["claims"])] if section["claims"] else []
+    return "\n\n".join((table, csreft.compared(section["interference"]), *parts))
 
 
 def grid(args):
@@ -93,9 +98,9 @@ def main():
         store(args, "rates", section)
         return print(f"\n{tuned(section)}")
     section = compare(args)
-    claims = judged(section, args) if len(args.seeds) >= 5 else []
-    store(args, "real", {**section, "claims": claims})
-    print(f"\n{compared(section, claims)}")
+    section["claims"] = judged(section, args.seeds) if len(args.seeds) >= 5 else []
+    store(args, "real", section)
+    print(f"\n{compared(section)}")
 
 
 if __name__ == "__main__":

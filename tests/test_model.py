@@ -273,7 +273,7 @@ UP, BIAS = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj
     (CONFIG, {"quantization_config": {"bits": 4}}, ["quantization_config is {'bits': 4}", "bfloat16 weights"]),
     (CONFIG, {"hidden_act": "gelu"}, ["hidden_act is 'gelu', expected 'silu'"]),
     (CONFIG, {"model_type": "mistral", "sliding_window": 4096}, ["sliding_window is 4096, expected null"]),
-    (CONFIG, {"model_type": "mistral"}, ["sliding_window is None, expected null, written out"]),
+    (CONFIG, {"model_type": "mistral"}, ["sliding_window is 4096, expected null, written out"]),
     (CONFIG, {"hidden_size": None}, ["hidden_size is None, expected a positive integer"]),
     (CONFIG, {"num_key_value_heads": 3}, ["num_key_value_heads is 3, expected a divisor of num_attention_heads = 4"]),
     (CONFIG, {"head_dim": 7}, ["head_dim is 7, expected an even number"]),

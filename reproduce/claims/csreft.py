@@ -39,18 +39,24 @@ def gates(run):
     return {"gates": trained, "spread": widest(trained), "untrained_spread": widest(untrained)}
 
 
-def measure(args):
-    """"interference" is {row: [{task: [accuracy alone, together]} at each seed]}."""
-    together = over_seeds({name: f"{flags} {ALL}" for name, flags in {**RUNS, **FIRST_TOKEN}.items()}, args)
-    alone = {(name, seed, task): f"{flags} --tasks {task} {ALONE} --seed {seed}"
-             for name, flags in RUNS.items() for seed in args.seeds for task in builtin.NEW}
-    results = finish(alone.values(), args)
+def measure_all(together, rows, tasks, alone, args):
+    """What is judged. together: {row: [results at each seed]} of runs on all tasks. rows: {row: flags} whose
+    interference is measured, by runs on one task each with the flags `alone`; as "interference" it is
+    {row: [{task: [accuracy alone, together]} at each seed]}."""
+    flags = {(name, seed, task): f"{text} --tasks {task} {alone} --seed {seed}"
+             for name, text in rows.items() for seed in args.seeds for task in tasks}
+    results = finish(flags.values(), args)
     after = lambda run, task: run["tasks"][task]["after"]
-    pairs = lambda name, seed, run: {task: [after(results[alone[name, seed, task]], task), after(run, task)]
-                                     for task in builtin.NEW}
+    pairs = lambda name, seed, run: {task: [after(results[flags[name, seed, task]], task), after(run, task)]
+                                     for task in tasks}
     return {"accuracy": {name: column(row, "speciality") for name, row in together.items()},
-            "interference": {name: [pairs(name, *one) for one in zip(args.seeds, together[name])] for name in RUNS},
-            "gates": {name: [gates(run) for run in together[name]] for name in ("csreft", *FIRST_TOKEN)}}
+            "interference": {name: [pairs(name, *one) for one in zip(args.seeds, together[name])] for name in rows},
+            "gates": {name: list(map(gates, row)) for name, row in together.items() if name.startswith("csreft")}}
+
+
+def measure(args):
+    together = over_seeds({name: f"{flags} {ALL}" for name, flags in {**RUNS, **FIRST_TOKEN}.items()}, args)
+    return measure_all(together, RUNS, builtin.NEW, ALONE, args)
 
 
 def judged(measured, seeds):
@@ -61,26 +67,29 @@ def judged(measured, seeds):
     widths = lambda name: [[round(row[key], 4) for row in measured["gates"][name]]
                            for key in ("spread", "untrained_spread")]
     difference = "largest difference of a gate between two tasks: trained above untrained, routing on the"
+    reads = {"csreft": "prompt's mean", "csreft-first-token": "first token"}
     return [judge("interference: LoReFT's, at equal total rank, above CS-ReFT's", seeds,
                   lost["loreft"], lost["csreft"]),
             judge("interference: LoRA's above CS-ReFT's", seeds, lost["lora"], lost["csreft"]),
             judge("accuracy on the new tasks: CS-ReFT above LoReFT", seeds, accuracy["csreft"], accuracy["loreft"]),
             judge("accuracy on the new tasks: CS-ReFT above LoRA", seeds, accuracy["csreft"], accuracy["lora"]),
-            judge(f"{difference} prompt's mean", seeds, *widths("csreft"), "gate"),
-            judge(f"{difference} first token", seeds, *widths("csreft-first-token"), "gate")]
+            *(judge(f"{difference} {reads[name]}", seeds, *widths(name), "gate") for name in measured["gates"])]
 
 
 def tables(section):
+    return f"{verdicts(section['claims'])}\n\n{compared(section['interference'])}"
+
+
+def compared(interference):
+    """The table of each task's accuracy alone and together."""
     def cell(name, tasks):
-        alone, together = (mean(seed[task][i] for seed in section["interference"][name] for task in tasks)
-                           for i in (0, 1))
+        alone, together = (mean(seed[task][i] for seed in interference[name] for task in tasks) for i in (0, 1))
         return f"{alone:.1f} − {together:.1f} = {alone - together:+.1f}"
 
-    tasks = list(section["interference"]["csreft"][0])
+    tasks = list(interference["csreft"][0])
     rows = {**{task: [task] for task in tasks}, "**mean**": tasks}
-    return verdicts(section["claims"]) + "\n\n" + markdown(
-        ["alone − together", *(NAMES[name] for name in RUNS)],
-        [[title, *(cell(name, row) for name in RUNS)] for title, row in rows.items()])
+    return markdown(["alone − together", *(NAMES[name] for name in interference)],
+                    [[title, *(cell(name, row) for name in interference)] for title, row in rows.items()])
 
 
 if __name__ == "__main__":
