@@ -29,10 +29,10 @@ def program():
     return spec.name if spec else Path(sys.argv[0]).name
 
 
-def fail(message, prog=None):
+def fail(message):
     """Ends the program with exit code 2 and one line of at most 300 characters. A message begins with what is wrong and
     ends with what to do, so a long one loses its middle."""
-    text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
+    text = f"{program()}: error: {message}".replace("\n", "\\n")
     print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
     sys.exit(2)
 
@@ -41,11 +41,11 @@ class Parser(argparse.ArgumentParser):
     """argparse with flags before or after positional arguments, no abbreviations, and errors on one line."""
 
     def __init__(self, **options):
-        super().__init__(**{"prog": program(), "allow_abbrev": False, **options},
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
+        super().__init__(prog=program(), allow_abbrev=False, **options, formatter_class=lambda prog:
+                         argparse.HelpFormatter(prog, max_help_position=32, width=120))
 
     def error(self, message):
-        fail(f"{message} (--help lists all flags)", self.prog)
+        fail(f"{message} (--help lists all flags)")
 
     def parse_args(self, argv=None):
         return self.parse_intermixed_args(argv)
