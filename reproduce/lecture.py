@@ -2,8 +2,7 @@
 
     pip install -r reproduce/requirements.txt && python -m reproduce.lecture --out lecture
 
-Shapes are those of the built-in base and of each method's defaults. Singular values, gates and the front come from
-`reproduce/results/compare.json`, as in `reproduce.figures`.
+Shapes are those of the built-in base and of each method's defaults; singular values and gates are those of README.
 """
 
 from pathlib import Path
@@ -15,10 +14,9 @@ import multilora
 from engine.flags import Parser, command_line
 from model import LlamaConfig, read_json
 from reproduce import figures
-from reproduce.runner import STORED
+from reproduce.runner import HERE, STORED
 
 FROZEN, TRAINED, PLAIN = "#d8dee4", "#9fd8c4", "#ffffff"
-BASE = Path(__file__).resolve().parent.parent / "base"
 
 
 def box(ax, x, y, text, colour=PLAIN, width=1.5, height=0.72):
@@ -113,7 +111,7 @@ def main():
     import matplotlib.pyplot as plt
     plt.rcParams.update(figures.STYLE | {"svg.fonttype": "none"})
     out.mkdir(parents=True, exist_ok=True)
-    shape, everything = LlamaConfig.from_pretrained(BASE), read_json(STORED)
+    shape, everything = LlamaConfig.from_pretrained(HERE.parent / "base"), read_json(STORED)
     drawn = {"spectra": figures.spectra(plt, everything["multilora"]),
              "gates": figures.gates(plt, everything["csreft"])}
     for draw, config in ((multilora_layer, multilora.Config()), (csreft_layer, csreft.Config()),
