@@ -2,7 +2,6 @@
 
     pip install -r bench/requirements.txt
     python -m bench.speed --shape base 512
-    python -m bench.speed --shape 135m 135m-all 135m-long --rows lora generate load
     python -m bench.speed --shape 7b --device cuda --dtype bfloat16      # 14 GB of disk
 
 A step is train.py's: loss, backward, clipping and AdamW, on random weights and examples of one length with labels on
@@ -100,15 +99,14 @@ def training(who, method, case):
 def products(model, case, everything):
     """The products of a step alone; everything: those of the weights' gradients too."""
     tokens, labelled = (sum(x != -100 for e in case.examples for x in getattr(e, of)) for of in ("ids", "labels"))
-    weights = {name: p.detach().to(case.dtype) for name, p in model.state_dict().items()}
+    weights = [(labelled if name == "lm_head.weight" else tokens, p.to(case.dtype))
+               for name, p in model.state_dict().items() if name.endswith(("_proj.weight", "lm_head.weight"))]
     random = cache(lambda *shape: torch.randn(shape, device=case.device, dtype=case.dtype))
 
     def step():
-        for name, w in weights.items():
-            if name.endswith(("_proj.weight", "lm_head.weight")):
-                n = labelled if name == "lm_head.weight" else tokens
-                x, g = random(n, w.shape[1]), random(n, w.shape[0])
-                x @ w.T, g @ w, g.T @ x if everything else None
+        for n, w in weights:
+            x, g = random(n, w.shape[1]), random(n, w.shape[0])
+            x @ w.T, g @ w, g.T @ x if everything else None
 
     return step
 
