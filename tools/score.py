@@ -43,12 +43,11 @@ def main():
     run = read_json(file)
     with reading(file):
         if is_run := "asked" in run:
-            settings = run["asked"]["settings"]
-            settings |= {"template": run["template"]} if args.eval_data else {}
-            settings |= {"base": args.base} if args.base else {}
+            settings = run["asked"]["settings"] | ({"base": args.base} if args.base else {})
         if args.eval_data:
             settings |= {"data": [], "eval_data": args.eval_data, "general_data": [], "mix": "proportional",
-                         "tasks": "all", "eval_split": "test", "eval_every": 0}
+                         "tasks": "all", "eval_split": "test", "eval_every": 0,
+                         "template": run["template"] if is_run else "auto"}
         config = Config(**settings)
     config = replace(config, **{name: getattr(args, name) for name in OF_TRAIN if getattr(args, name) is not None})
     check(config)
