@@ -9,6 +9,7 @@ Signatures and docstrings stay. LAB.md says what to read first, and what to do w
 
 import ast
 import shutil
+from functools import reduce
 from pathlib import Path
 
 from engine.flags import Parser, command_line
@@ -44,12 +45,9 @@ def grader(prefix, parts):
 
 def blank(text, parts):
     """The source with the bodies of these functions, {part: names}, taken out; a docstring stays."""
-    lines, found = text.splitlines(keepends=True), {}
-    for node in ast.parse(text).body:
-        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
-            name = getattr(inner, "name", None)
-            found[f"{node.name}.{name}" if isinstance(node, ast.ClassDef) else name] = inner
-    bodies = [(found[name], f"part {i} of {len(parts)}: {name}")
+    lines, source = text.splitlines(keepends=True), ast.parse(text)
+    inside = lambda node, name: next(inner for inner in node.body if getattr(inner, "name", None) == name)
+    bodies = [(reduce(inside, name.split("."), source), f"part {i} of {len(parts)}: {name}")
               for i, names in enumerate(parts.values(), 1) for name in names]
     for function, what in sorted(bodies, key=lambda body: -body[0].lineno):
         first = function.body[1 if ast.get_docstring(function) else 0]
