@@ -106,8 +106,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def signals_deferred():
-    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that the training step is
-    finished first; a second one stops at once."""
+    """Within, a first SIGINT or SIGTERM only joins the list given, to finish the step; a second one stops at once."""
     caught = []
 
     def keep(number, frame):
@@ -115,10 +114,8 @@ def signals_deferred():
             raise Stopped(number)
         caught.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only there can Python handle signals
-        yield caught
-        return
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    able = threading.current_thread() is threading.main_thread()  # no other thread can handle signals
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM) if able}
     try:
         yield caught
     finally:
@@ -127,8 +124,7 @@ def signals_deferred():
 
 
 def user_message(error):
-    """The line for a UserError, an error of the operating system, too little memory (of the host or of a device) or a
-    failed compiler. Raises anything else again: it is a bug."""
+    """The line for a UserError, OSError, too little memory or a failed compiler. Raises anything else again: a bug."""
     if isinstance(error, (UserError, OSError, SafetensorError)):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:

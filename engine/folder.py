@@ -103,8 +103,7 @@ class RunFolder:
             shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
     def finish(self, results):
-        """Writes results.json, and removes what only an unfinished run needs: its checkpoint, and OUT.old. Files there
-        that belong to no run move here."""
+        """Writes results.json; removes the checkpoint and OUT.old. Files there that belong to no run move here."""
         self.write("results.json", results)
         self.remove("checkpoint.safetensors")
         if devices.is_main() and (self.old / MARK).exists():
