@@ -41,8 +41,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with flags before or after positional arguments, no abbreviations, and errors on one line."""
 
     def __init__(self, **options):
-        super().__init__(prog=program(), allow_abbrev=False, **options, formatter_class=lambda prog:
-                         argparse.HelpFormatter(prog, max_help_position=32, width=120))
+        super().__init__(prog=program(), allow_abbrev=False, **options,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
 
     def error(self, message):
         fail(f"{message} (--help lists all flags)")
