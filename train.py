@@ -457,9 +457,9 @@ def count_parameters(config):
         return sum(p.numel() for p in Llama(config).parameters())
 
 
-def load_data(config, split=None, limit=None, train=True):
+def load_data(config, split=None, limit=None, train=True, **shots):
     """(Suite of tokens, tokenizer, name of the template) of a run. split, limit: instead of the run's; train: False
-    leaves out the training examples."""
+    leaves out the training examples; shots: see formats.load."""
     tokenizer = data.Tokenizer.from_pretrained(config.base)
     split, limit = split or config.eval_split, config.eval_limit if limit is None else limit
     template, source = formats.choose(config.template, tokenizer, Path(config.base))
@@ -467,7 +467,7 @@ def load_data(config, split=None, limit=None, train=True):
     if not (config.builtin and ours):
         print(f"template: {source}")
     suite = formats.load([] if config.builtin else config.data, config.eval_data, config.general_data, split, limit,
-                         choices=config.choices)
+                         choices=config.choices, **shots)
     if config.builtin:
         suite = builtin.load(config.tasks, split, limit, common=not ours).joined(suite)
     if config.eval_every and not suite.validation:

@@ -2,7 +2,6 @@
 
     pip install -r bench/requirements.txt
     python -m bench.speed --shape base 512
-    python -m bench.speed --shape 135m 135m-all 135m-long --rows lora generate load
     python -m bench.speed --shape 7b --device cuda --dtype bfloat16      # 14 GB of disk
 
 A step is train.py's: loss, backward, clipping and AdamW, on random weights and examples of one length with labels on
@@ -100,26 +99,25 @@ def training(who, method, case):
 def products(model, case, everything):
     """The products of a step alone; everything: those of the weights' gradients too."""
     tokens, labelled = (sum(x != -100 for e in case.examples for x in getattr(e, of)) for of in ("ids", "labels"))
-    weights = {name: p.detach().to(case.dtype) for name, p in model.state_dict().items()}
+    weights = [(labelled if name == "lm_head.weight" else tokens, p.to(case.dtype))
+               for name, p in model.state_dict().items() if name.endswith(("_proj.weight", "lm_head.weight"))]
     random = cache(lambda *shape: torch.randn(shape, device=case.device, dtype=case.dtype))
 
     def step():
-        for name, w in weights.items():
-            if name.endswith(("_proj.weight", "lm_head.weight")):
-                n = labelled if name == "lm_head.weight" else tokens
-                x, g = random(n, w.shape[1]), random(n, w.shape[0])
-                x @ w.T, g @ w, g.T @ x if everything else None
+        for n, w in weights:
+            x, g = random(n, w.shape[1]), random(n, w.shape[0])
+            x @ w.T, g @ w, g.T @ x if everything else None
 
     return step
 
 
-def generation(who, case, new=64):
-    """Greedy tokens behind eight prompts of 32."""
+def generation(who, case):
+    """64 greedy tokens behind eight prompts of 32."""
     ids = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(0))
     if who is ours:
-        return partial(Llama.from_pretrained(case.folder, case.device, case.dtype).generate, ids.tolist(), new)
+        return partial(Llama.from_pretrained(case.folder, case.device, case.dtype).generate, ids.tolist(), 64)
     model, ids = transformers.LlamaForCausalLM.from_pretrained(case.folder, dtype=case.dtype), ids.to(case.device)
-    return partial(model.to(case.device).eval().generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+    return partial(model.to(case.device).eval().generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=64,
                    do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
@@ -139,19 +137,17 @@ def added_memory(who, method, case):
     return peak_memory(case.device) - before
 
 
-def in_turns(functions, rounds, wait):
-    """[seconds in each round] for each function. wait: until the device has finished."""
-    seconds = [[] for _ in functions]
-    for function in functions:
-        function()
-    for _ in range(rounds):
+def in_turns(functions, case):
+    """[seconds in each round] for each function. The first round is not counted."""
+    seconds, wait = [[] for _ in functions], torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
+    for _ in range(1 + case.rounds):
         for taken, function in zip(seconds, functions):
             wait()
             start = time.perf_counter()
             function()
             wait()
             taken.append(time.perf_counter() - start)
-    return seconds
+    return [taken[1:] for taken in seconds]
 
 
 OTHERS = {"generate": generation, "load": loading}
@@ -159,15 +155,15 @@ OTHERS = {"generate": generation, "load": loading}
 
 def measure(what, case, sides):
     """The columns of a row: of training with a method, of generation or of loading."""
-    peaks, wait = [], torch.cuda.synchronize if case.device.type == "cuda" else lambda: None
+    peaks = []
     if what not in METHODS:
-        seconds = in_turns([OTHERS[what](who, case) for who in sides], case.rounds, wait)
+        seconds = in_turns([OTHERS[what](who, case) for who in sides], case)
     else:
         for who in sides:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                 peaks.append(pool.submit(added_memory, who, what, case).result())
         steps, models = zip(*(training(who, what, case) for who in sides))
-        seconds = in_turns([*steps, products(models[0], case, what == "sft")], case.rounds, wait)
+        seconds = in_turns([*steps, products(models[0], case, what == "sft")], case)
     ratios = [f"{median(b / a for a, b in zip(seconds[0], row)):.2f}" for row in seconds[1:]]
     return [f"{1e3 * median(seconds[0]):,.0f} ms", *[""] * (2 - len(sides)), *ratios, *[""] * (not peaks),
             *(f"{peak / 2**30:.2f} GiB" for peak in peaks[:1]), *(f"{peak / peaks[0]:.2f}" for peak in peaks[1:])]

@@ -52,8 +52,7 @@ def load_tensors(path):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """{name: tensor} as a safetensors file; one process writes it. Raises UserError, and writes nothing, where a number
-    is not finite."""
+    """{name: tensor} as a safetensors file, by one process. Raises UserError, writing nothing, for NaN or infinity."""
     whole = {}
     for name, tensor in tensors.items():
         tensor = devices.full(tensor)

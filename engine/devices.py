@@ -96,8 +96,7 @@ def map_over_processes(function, parts, what):
 
 
 def share(examples):
-    """This process's part of a micro-batch. Where there are fewer examples than processes, some get one without labels:
-    each call of a sharded model needs every process."""
+    """This process's part of a micro-batch; instead of none an example without labels, see map_over_processes."""
     part = examples[rank() :: world_size()]
     return part or [replace(examples[0], labels=[-100] * len(examples[0].labels))]
 
@@ -113,8 +112,7 @@ def seed(*numbers):
 
 
 def all_reduce_gradients(params, loss):
-    """Adds up the gradients of all processes, and returns the sum of their losses. FSDP2 adds up those of sharded
-    weights within backward()."""
+    """Adds up the processes' gradients (FSDP2 has, for sharded weights) and losses; returns the losses' sum."""
     if world_size() > 1:
         for p in params:
             if p.grad is not None and not is_sharded(p):

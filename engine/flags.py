@@ -29,10 +29,10 @@ def program():
     return spec.name if spec else Path(sys.argv[0]).name
 
 
-def fail(message, prog=None):
+def fail(message):
     """Ends the program with exit code 2 and one line of at most 300 characters. A message begins with what is wrong and
     ends with what to do, so a long one loses its middle."""
-    text = f"{prog or program()}: error: {message}".replace("\n", "\\n")
+    text = f"{program()}: error: {message}".replace("\n", "\\n")
     print(text if len(text) <= 300 else f"{text[:150]}...{text[-147:]}", file=sys.stderr)
     sys.exit(2)
 
@@ -41,11 +41,11 @@ class Parser(argparse.ArgumentParser):
     """argparse with flags before or after positional arguments, no abbreviations, and errors on one line."""
 
     def __init__(self, **options):
-        super().__init__(**{"prog": program(), "allow_abbrev": False, **options},
+        super().__init__(prog=program(), allow_abbrev=False, **options,
                          formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120))
 
     def error(self, message):
-        fail(f"{message} (--help lists all flags)", self.prog)
+        fail(f"{message} (--help lists all flags)")
 
     def parse_args(self, argv=None):
         return self.parse_intermixed_args(argv)
@@ -106,8 +106,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def signals_deferred():
-    """Within, the first SIGINT or SIGTERM only adds itself to the list that is given, so that the training step is
-    finished first; a second one stops at once."""
+    """Within, a first SIGINT or SIGTERM only joins the list given, to finish the step; a second one stops at once."""
     caught = []
 
     def keep(number, frame):
@@ -115,10 +114,8 @@ def signals_deferred():
             raise Stopped(number)
         caught.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only there can Python handle signals
-        yield caught
-        return
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    able = threading.current_thread() is threading.main_thread()  # no other thread can handle signals
+    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM) if able}
     try:
         yield caught
     finally:
@@ -127,8 +124,7 @@ def signals_deferred():
 
 
 def user_message(error):
-    """The line for a UserError, an error of the operating system, too little memory (of the host or of a device) or a
-    failed compiler. Raises anything else again: it is a bug."""
+    """The line for a UserError, OSError, too little memory or a failed compiler. Raises anything else again: a bug."""
     if isinstance(error, (UserError, OSError, SafetensorError)):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL:

@@ -25,8 +25,9 @@ from model import UserError, read_json, write_json
 
 try:
     import fcntl
-except ImportError:  # Windows, where runs are not locked
-    fcntl = None
+    import resource
+except ImportError:  # Windows, where runs are not locked, and their peak memory is not known
+    fcntl = resource = None
 
 MARK = "overwritten"  # a file that says of OUT.old that --overwrite made it
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "adapter.safetensors", "results.json",
@@ -84,16 +85,14 @@ class RunFolder:
 
     def move_away(self):
         """The run in this folder becomes OUT.old; where there is one already, an unfinished run is removed instead."""
-        if not any(self.path.iterdir()):
-            return
         if self.old.exists() and (self.path / "results.json").exists():
             raise UserError(f"--overwrite would rename {self.path} to {self.old}, which exists: remove one of them")
         if self.old.exists():
             self.remove(*RUN_FILES)
-            return
-        (self.path / MARK).touch()
-        self.path.rename(self.old)
-        self.lock()
+        elif any(self.path.iterdir()):
+            (self.path / MARK).touch()
+            self.path.rename(self.old)
+            self.lock()
 
     def write(self, name, value):
         if devices.is_main():
@@ -104,8 +103,7 @@ class RunFolder:
             shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
 
     def finish(self, results):
-        """Writes results.json, and removes what only an unfinished run needs: its checkpoint, and OUT.old. Files there
-        that belong to no run move here."""
+        """Writes results.json; removes the checkpoint and OUT.old. Files there that belong to no run move here."""
         self.write("results.json", results)
         self.remove("checkpoint.safetensors")
         if devices.is_main() and (self.old / MARK).exists():
@@ -164,8 +162,5 @@ def peak_memory(device):
     status = Path("/proc/self/status")  # Linux, where getrusage counts the program that started this one, too
     if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None:
         return 1024 * int(found[1])
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit if resource else 0

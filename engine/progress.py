@@ -8,15 +8,14 @@ import time
 from model import written
 
 
-def progress(items, what, total=None):
-    """The items, one by one. On a terminal a line says how many are done, and when all of `total` will be; it appears
-    after a second, and is cleared at the end."""
+def progress(items, what, total):
+    """The items, one by one. After a second a line on a terminal says how many are done, and when all will be."""
     start = shown = time.perf_counter()
     try:
         for done, item in enumerate(items):
             now = time.perf_counter()
             if sys.stdout.isatty() and now - shown > 1:
-                left = f"/{total}  ETA {clock((now - start) / done * (total - done))}" if total and done else ""
+                left = f"/{total}  ETA {clock((now - start) / done * (total - done))}" if done else ""
                 print(f"\r\033[K{what} {done}{left}", end="", flush=True)
                 shown = now
             yield item

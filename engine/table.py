@@ -42,34 +42,29 @@ def summary(suite, before, after):
 
 
 def print_table(results):
-    """The figures of each task before and after, one column where nothing was trained, with 95 % intervals, and the
-    group means."""
+    """Each task's figures and the group means with 95 % intervals: before and after, or one column of scores."""
     columns = ("before", "after") if "trainable_parameters" in results else ("score",)
     wide = max(18, *(len(task) + 3 for task in results["tasks"]))
 
-    def line(name, kind, rows, values, intervals=()):
-        shown = [v if isinstance(v, str) else f"{v:.1f}" for v in values]
-        ranges = ["{:.1f}-{:.1f}".format(*interval) for interval in intervals] or [""] * len(values)
-        cells = [f" {value:>8} {interval:<10}" for value, interval in zip(shown, ranges)]
-        print(f"{name:<{wide}}{kind:<15}{rows:>5}" + "".join(cells[-len(columns) :]).rstrip())
+    def line(name, kind, rows, *cells):
+        shown = "".join(f" {value:>8} {interval:<10}" for value, interval in cells[-len(columns) :])
+        print(f"{name:<{wide}}{kind:<15}{rows:>5}{shown}".rstrip())
 
+    percent = lambda value, interval: (f"{value:.1f}", "{:.1f}-{:.1f}".format(*interval))
     print()
-    line("accuracy in %", results["eval_split"], "rows", columns)
+    line("accuracy in %", results["eval_split"], "rows", *((when, "") for when in columns))
     for group, title in (("new", "speciality"), ("general", "versatility")):
         tasks = {task: s for task, s in results["tasks"].items() if s["group"] == group}
         for task, s in tasks.items():
             for i, (name, values) in enumerate(s["figures"].items()):
                 kind = s["aspect"] if name == "exact match" else name
-                if s["unit"] == "%":
-                    cells = values, [wilson(v, s["rows"]) for v in values]
-                else:
-                    cells = ([f"{v:.4g}" for v in values],)
+                cells = [percent(v, wilson(v, s["rows"])) if s["unit"] == "%" else (f"{v:.4g}", "") for v in values]
                 line("" if i else "  " + task, kind, "" if i else s["rows"], *cells)
         if scored := [s for s in tasks.values() if s["unit"] == "%"]:
             means = [[(s[when], s["rows"]) for s in scored] for when in ("before", "after")]
             kind = f"mean, {group}" if len(scored) == len(tasks) else f"mean of {len(scored)} in %"
-            line(title, kind, sum(s["rows"] for s in scored), [sum(p for p, _ in m) / len(m) for m in means],
-                 [mean_interval(m) for m in means])
+            line(title, kind, sum(s["rows"] for s in scored),
+                 *(percent(sum(p for p, _ in m) / len(m), mean_interval(m)) for m in means))
     if results["uni"] is not None:
-        line("Uni", "their sum", "", ["", results["uni"]])
+        line("Uni", "their sum", "", ("", ""), (f"{results['uni']:.1f}", ""))
     print(f"{results['seconds']:.0f} s, peak memory {results['peak_memory_bytes'] / 2**20:,.0f} MiB")

@@ -1,9 +1,7 @@
 """What a method trains at a published model size, and the memory that this takes. Makes no weights. The settings are
 the paper's, where flags of `train.py` do not change them.
 
-    python -m reproduce.count csreft llama-2-7b
-    python -m reproduce.count multilora llama-2-7b --modules 2
-    python -m reproduce.count sft llama-2-7b --devices 8
+    python -m reproduce.count multilora llama-2-7b --modules 2 --devices 8
 """
 
 import torch
@@ -22,8 +20,7 @@ PAPERS = {"multilora": "--modules 3 --rank 32", "lora": "--rank 96", "csreft": "
 
 
 def trained(shape, method, config):
-    """({kind of tensor: parameters trained}, how many of them are the base's weights); a kind is the last part of a
-    tensor's name, or the whole router."""
+    """({kind: parameters trained}, how many of them are the base's); a kind is a tensor's last name, or the router."""
     with torch.device("meta"):
         model = Llama(shape)
         in_base = {name for name, _ in model.named_parameters()}
@@ -35,13 +32,6 @@ def trained(shape, method, config):
             kinds[kind] = kinds.get(kind, 0) + p.numel()
             weights += p.numel() * (name in in_base)
     return kinds, weights
-
-
-def memory(base, total, weights, devices):
-    """{what: bytes on each device}. Frozen weights are bfloat16; trained tensors, gradients and AdamW's two moments
-    float32. On several devices the base's weights are split, as with `train.py --shard`."""
-    moved = 4 * (weights / devices + total - weights)
-    return {"frozen weights": 2 * (base - weights) / devices, "trained, with gradients and moments": 4 * moved}
 
 
 def main():
@@ -63,8 +53,12 @@ def main():
         rows["prefix and suffix apart"] = 2 * total
     for kind, number in rows.items():
         print(f"  {kind:<26}{number:>16,}{100 * number / base:>10.4f} %")
-    parts = memory(base, total, weights, max(1, args.devices)).items()
-    print("GB on each device: " + ", ".join(f"{what} {size / 1e9:.1f}" for what, size in parts))
+    # Frozen weights are bfloat16; trained tensors, gradients and AdamW's two moments float32. On several devices the
+    # base's weights are split, as with `train.py --shard`.
+    devices = max(1, args.devices)
+    frozen, moved = 2 * (base - weights) / devices, 4 * 4 * (weights / devices + total - weights)
+    print(f"GB on each device: frozen weights {frozen / 1e9:.1f}, trained, with gradients and moments "
+          f"{moved / 1e9:.1f}")
 
 
 if __name__ == "__main__":

@@ -99,11 +99,11 @@ def front(plt, section):
     return fig
 
 
-def bases(plt, everything):
+def bases(plt, compared, real):
     """Speciality against versatility of each method, on the built-in base and on a real one."""
     fig, axes = plt.subplots(1, 2, figsize=(8.3, 3.6), sharex=True, sharey=True)
-    small = {name: list(row["seeds"].values()) for name, row in everything["compare"].items()}
-    real = {name: row for name, row in everything["real"].items() if name in NAMES}
+    small = {name: list(row["seeds"].values()) for name, row in compared.items()}
+    real = {name: row for name, row in real.items() if name in NAMES}
     kept = real["sft"][0]["versatility_before"]
     for ax, rows, before, title in ((axes[0], small, 98.4, "built-in base, 1.7 M, six new tasks"),
                                     (axes[1], real, kept, "SmolLM2, 135 M, two new tasks")):
@@ -123,13 +123,12 @@ def main():
     everything = read_json(parser.parse_args().file)
     import matplotlib.pyplot as plt
     plt.rcParams.update(STYLE)
-    for section, draw in {"compare": accuracy, "multilora": spectra, "csreft": gates, "cofitune": front}.items():
-        if section in everything:
-            draw(plt, everything[section]).savefig(STORED.parent / f"{draw.__name__}.png")
-            print(STORED.parent / f"{draw.__name__}.png")
-    if {"compare", "real"} <= everything.keys():
-        bases(plt, everything).savefig(STORED.parent / "bases.png")
-        print(STORED.parent / "bases.png")
+    for draw, *sections in ((accuracy, "compare"), (spectra, "multilora"), (gates, "csreft"), (front, "cofitune"),
+                            (bases, "compare", "real")):
+        if everything.keys() >= set(sections):
+            png = STORED.parent / f"{draw.__name__}.png"
+            draw(plt, *map(everything.get, sections)).savefig(png)
+            print(png)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     pip install -r reproduce/requirements.txt && python -m reproduce.lecture --out lecture
 
-Shapes are those of the built-in base and of each method's defaults. Singular values, gates and the front come from
-`reproduce/results/compare.json`, as in `reproduce.figures`.
+Shapes are those of the built-in base and of each method's defaults; singular values and gates are those of README.
 """
 
 from pathlib import Path
@@ -15,10 +14,9 @@ import multilora
 from engine.flags import Parser, command_line
 from model import LlamaConfig, read_json
 from reproduce import figures
-from reproduce.runner import STORED
+from reproduce.runner import HERE, STORED
 
 FROZEN, TRAINED, PLAIN = "#d8dee4", "#9fd8c4", "#ffffff"
-BASE = Path(__file__).resolve().parent.parent / "base"
 
 
 def box(ax, x, y, text, colour=PLAIN, width=1.5, height=0.72):
@@ -27,8 +25,9 @@ def box(ax, x, y, text, colour=PLAIN, width=1.5, height=0.72):
     ax.text(x, y, text, ha="center", va="center", fontsize=11)
 
 
-def arrow(ax, start, end):
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#24292f", "linewidth": 1.2})
+def arrows(ax, *pairs):
+    for start, end in pairs:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#24292f", "linewidth": 1.2})
 
 
 def multilora_layer(ax, shape, config):
@@ -36,20 +35,18 @@ def multilora_layer(ax, shape, config):
     wide, d, r, n = shape.intermediate_size, shape.hidden_size, config.rank, config.modules
     box(ax, 0.6, 2, f"x\n({d},)", width=0.9)
     box(ax, 3.6, 3.6, f"W  ({wide}, {d})", FROZEN, width=2.4)
-    arrow(ax, (1.05, 2.2), (2.4, 3.5))
+    arrows(ax, ((1.05, 2.2), (2.4, 3.5)))
     ax.plot([4.8, 7.3], [3.6, 3.6], color="#24292f", linewidth=1.2)
-    arrow(ax, (7.3, 3.6), (7.3, 2.36))
+    arrows(ax, ((7.3, 3.6), (7.3, 2.36)))
     for i in range(n):
         y = 2.4 - 1.1 * i
         box(ax, 2.6, y, f"A{i + 1}  ({r}, {d})", TRAINED)
         box(ax, 4.4, y, f"B{i + 1}  ({wide}, {r})", TRAINED, width=1.6)
         box(ax, 6.0, y, f"s{i + 1}  ({wide},)", TRAINED, width=1.2)
-        arrow(ax, (1.05, 2.0), (1.85, y))
-        arrow(ax, (3.35, y), (3.6, y))
-        arrow(ax, (5.2, y), (5.4, y))
-        arrow(ax, (6.6, y), (7.05, 1.9 - 0.05 * i))
+        arrows(ax, ((1.05, 2.0), (1.85, y)), ((3.35, y), (3.6, y)), ((5.2, y), (5.4, y)),
+               ((6.6, y), (7.05, 1.9 - 0.05 * i)))
     box(ax, 7.3, 2, "+", width=0.5)
-    arrow(ax, (7.55, 2), (7.9, 2))
+    arrows(ax, ((7.55, 2), (7.9, 2)))
     box(ax, 8.4, 2, f"y\n({wide},)", width=0.9)
     ax.set_title(f"MultiLoRA: W stays, {n} modules of rank {r} beside it; s starts at zero")
 
@@ -66,12 +63,11 @@ def csreft_layer(ax, shape, config):
     box(ax, 9.6, 2.1, "+", width=0.5)
     box(ax, 10.7, 2.1, f"h'\n({d},)", width=1.0)
     box(ax, 6.6, 0.4, f"router: x ({d},) → {d // 2} → α ({k},)", TRAINED, width=4.4)
-    for start, end in (((1.2, 2.2), (2.05, 2.9)), ((1.2, 1.9), (2.05, 1.3)), ((3.95, 2.9), (4.35, 2.4)),
-                       ((3.95, 1.3), (4.35, 1.8)), ((5.65, 2.1), (6.05, 2.1)), ((7.15, 2.1), (7.65, 2.1)),
-                       ((8.75, 2.1), (9.35, 2.1)), ((9.85, 2.1), (10.2, 2.1)), ((6.6, 0.76), (6.6, 1.74))):
-        arrow(ax, start, end)
+    arrows(ax, ((1.2, 2.2), (2.05, 2.9)), ((1.2, 1.9), (2.05, 1.3)), ((3.95, 2.9), (4.35, 2.4)),
+           ((3.95, 1.3), (4.35, 1.8)), ((5.65, 2.1), (6.05, 2.1)), ((7.15, 2.1), (7.65, 2.1)),
+           ((8.75, 2.1), (9.35, 2.1)), ((9.85, 2.1), (10.2, 2.1)), ((6.6, 0.76), (6.6, 1.74)))
     ax.plot([0.7, 0.7, 9.6], [2.36, 3.9, 3.9], color="#24292f", linewidth=1.2)
-    arrow(ax, (9.6, 3.9), (9.6, 2.46))
+    arrows(ax, ((9.6, 3.9), (9.6, 2.46)))
     ax.set_title(f"CS-ReFT: {k} subspaces of rank {r} after each layer; x: the prompt's mean embedding")
 
 
@@ -79,9 +75,8 @@ def cofitune_layers(ax, shape, _):
     """The stack with the region that is trained, and the mask on the rows of one weight."""
     L, d, wide = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
     for i in range(L):
-        chosen = i >= L // 2
         box(ax, 1.6, 0.5 * i, f"layer {i}: attention", FROZEN, width=2.4, height=0.42)
-        box(ax, 4.1, 0.5 * i, "MLP", TRAINED if chosen else FROZEN, width=2.2, height=0.42)
+        box(ax, 4.1, 0.5 * i, "MLP", TRAINED if i >= L // 2 else FROZEN, width=2.2, height=0.42)
     ax.text(2.6, -0.7, "coarse: only the chosen region is trained", ha="center", fontsize=11)
     keep = (1 - torch.linspace(-2.2, 2.2, 9).tanh().abs()).tolist()
     for u, share in enumerate(keep):
@@ -89,7 +84,7 @@ def cofitune_layers(ax, shape, _):
         ax.text(9.7, 0.42 * u, f"unit {u}: 1 - I = {share:.2f}", va="center", fontsize=10)
     ax.text(8.4, -0.7, f"fine: rows of up_proj ({wide}, {d}), by importance,\neach moves by 1 - I of its step",
             ha="center", va="center", fontsize=11)
-    arrow(ax, (5.2, 0.5 * L - 1.5), (6.3, 2.2))
+    arrows(ax, ((5.2, 0.5 * L - 1.5), (6.3, 2.2)))
     ax.set_title("CoFiTune: where, then how far")
 
 
@@ -113,7 +108,7 @@ def main():
     import matplotlib.pyplot as plt
     plt.rcParams.update(figures.STYLE | {"svg.fonttype": "none"})
     out.mkdir(parents=True, exist_ok=True)
-    shape, everything = LlamaConfig.from_pretrained(BASE), read_json(STORED)
+    shape, everything = LlamaConfig.from_pretrained(HERE.parent / "base"), read_json(STORED)
     drawn = {"spectra": figures.spectra(plt, everything["multilora"]),
              "gates": figures.gates(plt, everything["csreft"])}
     for draw, config in ((multilora_layer, multilora.Config()), (csreft_layer, csreft.Config()),

@@ -1,6 +1,5 @@
 """Singular values of the update ΔW that a run learned, and how near it is to another run's.
 
-    python -m reproduce.spectra out/multilora
     python -m reproduce.spectra out/multilora --against out/sft
 
 The first values are divided by their sum; their effective rank is the exponential of their entropy (Roy and Vetterli,
@@ -25,8 +24,7 @@ def similarity(a, b, count):
 
 
 def changes(run_dir):
-    """({weight name: ΔW}, its total rank or None) of a run that changes linear layers: from the factors, or as saved
-    weight minus the base's."""
+    """({weight name: ΔW}, its total rank or None) of a run: from its factors, or as saved weight minus the base's."""
     model, adapter, saved = load_run(run_dir)
     if hasattr(adapter, "deltas"):
         return adapter.deltas(), adapter.report()["total_rank"]

@@ -8,6 +8,7 @@
 
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,17 +21,17 @@ from train import device_and_dtype, load_run
 
 
 def read_prompts(file):
-    """[record] of a file of instructions, AlpacaEval's say, and [its segments]."""
-    records, asked = [], []
+    """[(record, its segments)] of a file of instructions, AlpacaEval's say."""
+    found = []
     for line, record, error in read_records(file):
         with reading(f"{file}:{line}"):
             if error or not record["instruction"]:
                 raise UserError(f"{file}:{line}: {error or 'the instruction is empty'}")
-            records.append(record)
-            asked.append([Segment(record["instruction"], "user"), Segment(record.get("input") or "", "input")])
-    if not records:
+            said = Segment(record["instruction"], "user"), Segment(record.get("input") or "", "input")
+            found.append((record, [s for s in said if s.text]))
+    if not found:
         raise UserError(f"{file} holds no records")
-    return records, [[s for s in segments if s.text] for segments in asked]
+    return found
 
 
 def main():
@@ -56,13 +57,10 @@ def main():
     if args.prompts and args.outputs.exists():
         raise UserError(f"--outputs {args.outputs} is there already: name a new file")
 
-    saved, (device, dtype) = {}, device_and_dtype(args)
-    base = lambda: Llama.from_pretrained(args.checkpoint, device, dtype)
-    if args.adapter:
-        model, _, saved = load_run(args.adapter, device, dtype, args.checkpoint)
-    else:
-        model = base()
-    speakers = [model]  # the first one answers
+    device, dtype = device_and_dtype(args)
+    base = cache(lambda: Llama.from_pretrained(args.checkpoint, device, dtype))
+    model, _, saved = load_run(args.adapter, device, dtype, args.checkpoint) if args.adapter else (base(), None, {})
+    speaker = model
     tokenizer = Tokenizer.from_pretrained(args.checkpoint)
     template, _ = choose(args.template or saved.get("template", "auto"), tokenizer, args.checkpoint)
     source = torch.Generator(device).manual_seed(args.seed)
@@ -76,8 +74,8 @@ def main():
             return tokenizer.encode_segments(template.apply(Example("", segments)).segments)[0]
 
     def complete(prompts):
-        with speakers[0].autocast():
-            return speakers[0].generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
+        with speaker.autocast():
+            return speaker.generate(prompts, args.max_new_tokens, tokenizer.stop_ids, args.temperature, source)
 
     def answer(segments):
         """Prints the answer to a conversation, and its speed; returns its text."""
@@ -91,8 +89,8 @@ def main():
         return text
 
     if args.prompts:
-        records, asked = read_prompts(args.prompts)
-        prompts = [tokens(segments) for segments in asked]
+        records, asked = zip(*read_prompts(args.prompts))
+        prompts = list(map(tokens, asked))
         if long := sum(len(prompt) > room for prompt in prompts):
             print(f"{long} prompts are longer than {room} tokens: cut behind their first token")
         prompts = [prompt[:1] + prompt[1:][-(room - 1) :] for prompt in prompts]
@@ -101,19 +99,15 @@ def main():
                                    "instruction": r["instruction"], "output": tokenizer.decode(new).strip(),
                                    "generator": args.generator or str(args.adapter or args.checkpoint)}
                                   for r, new in zip(records, answers)])
-        print(f"{args.outputs}: {len(records)} answers")
-        return
+        return print(f"{args.outputs}: {len(records)} answers")
     if args.prompt is not None:
-        answer([Segment(args.prompt, "user")])
-        return
+        return answer([Segment(args.prompt, "user")])
     said = []
     with suppress(EOFError):
         while line := input("> ").strip():
             if line == "/base":
-                if args.adapter and len(speakers) == 1:
-                    speakers.append(base())
-                speakers.reverse()
-                print("[with the adapter]" if args.adapter and speakers[0] is model else "[the base]")
+                speaker = base() if speaker is model else model
+                print("[the base]" if speaker is base() else "[with the adapter]")
                 continue
             said.append(Segment(line, "user"))
             said.append(Segment(answer(said), "assistant"))

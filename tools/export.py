@@ -15,12 +15,8 @@ from engine.checkpoint import save_tensors
 from engine.flags import Parser, command_line
 from formats import choose
 from formats.templates import chat_template
-from model import UserError, open_tensors, read_json, tensor_files, write_json, written
+from model import UserError, checkpoint_files, read_json, read_tensor, tensor_files, write_json
 from train import load_run
-
-# Not chat_template.json, which transformers does not read beside a tokenizer.
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "chat_template.jinja")
 
 
 def save_merged(run, base, out):
@@ -30,13 +26,12 @@ def save_merged(run, base, out):
     checkpoint = Path(base or saved["asked"]["settings"]["base"])
     adapter.merge()
     name, file = next(iter(tensor_files(checkpoint).items()))
-    with open_tensors(file) as tensors:
-        dtype = tensors.get_tensor(name).dtype
+    dtype = read_tensor(file, name).dtype
     model.to(dtype).save_pretrained(out)
-    for file in BESIDE:
-        if (checkpoint / file).exists():
-            with written(out / file) as part:
-                shutil.copyfile(checkpoint / file, part)
+    for file in checkpoint_files(checkpoint):
+        # chat_template.json is not read by transformers beside a tokenizer
+        if file.suffix != ".safetensors" and file.name not in ("config.json", "chat_template.json"):
+            shutil.copyfile(file, out / file.name)
     tokenizer = Tokenizer.from_pretrained(checkpoint)
     template, source = choose(saved["template"], tokenizer, checkpoint)
     changes = {"generation_config.json": {"eos_token_id": sorted(tokenizer.stop_ids)}}

@@ -4,12 +4,12 @@
     python -m tools.lab csreft lab --parts 1,2     # these parts alone
     python -m tools.lab model lab                  # the Llama's blocks; tests/test_model.py grades
 
-Signatures and docstrings stay. LAB.md says what to read first. When every part is there, `python train.py --method
-multilora` in the copy trains your method.
+Signatures and docstrings stay. LAB.md says what to read first, and what to do with the method when it is whole.
 """
 
 import ast
 import shutil
+from functools import reduce
 from pathlib import Path
 
 from engine.flags import Parser, command_line
@@ -30,31 +30,24 @@ PARTS = {
     "model": {"rms_norm": ["RMSNorm.forward"], "rope_frequencies": ["rope_frequencies"], "rotate": ["rotate"],
               "attention": ["Attention.forward"], "mlp": ["MLP.forward"], "a_layer": ["DecoderLayer.forward"]}}
 
-GRADER = '''"""Says how many parts are done, and which is next. Made by tools.lab."""
 
-PREFIX, PARTS = {prefix!r}, {parts!r}
-
-
-def pytest_terminal_summary(terminalreporter):
-    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()) if r.when == "call"]
-    of = lambda part: [r for r in reports if f"::{{PREFIX}}{{part}}_" in r.nodeid]
-    right = [part for part in PARTS if of(part) and all(r.passed for r in of(part))]
-    terminalreporter.write_line(f"{{len(right)}} of {{len(PARTS)}} parts are right: {{', '.join(right) or 'none yet'}}")
-    for part in PARTS:
-        wrong = [r.longrepr.reprcrash.message.splitlines()[0] for r in of(part) if r.failed]
-        if part not in right and wrong:
-            return terminalreporter.write_line(f"next is {{part}}: {{wrong[0]}}")
-'''
+def grader(prefix, parts):
+    """What the copy's conftest.py gives to pytest: it says how many parts are right, and which is next."""
+    def pytest_terminal_summary(terminalreporter):
+        done = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, ()) if r.when == "call"]
+        of = lambda part: [r for r in done if f"::{prefix}{part}_" in r.nodeid]
+        right = [part for part in parts if of(part) and all(r.passed for r in of(part))]
+        terminalreporter.write_line(f"{len(right)} of {len(parts)} parts are right: {', '.join(right) or 'none yet'}")
+        if wrong := [(part, r.longrepr.reprcrash.message) for part in parts for r in of(part) if r.failed]:
+            terminalreporter.write_line("next is {}: {}".format(*wrong[0]).splitlines()[0])
+    return pytest_terminal_summary
 
 
 def blank(text, parts):
     """The source with the bodies of these functions, {part: names}, taken out; a docstring stays."""
-    lines, found = text.splitlines(keepends=True), {}
-    for node in ast.parse(text).body:
-        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
-            name = getattr(inner, "name", None)
-            found[f"{node.name}.{name}" if isinstance(node, ast.ClassDef) else name] = inner
-    bodies = [(found[name], f"part {i} of {len(parts)}: {name}")
+    lines, source = text.splitlines(keepends=True), ast.parse(text)
+    inside = lambda node, name: next(inner for inner in node.body if getattr(inner, "name", None) == name)
+    bodies = [(reduce(inside, name.split("."), source), f"part {i} of {len(parts)}: {name}")
               for i, names in enumerate(parts.values(), 1) for name in names]
     for function, what in sorted(bodies, key=lambda body: -body[0].lineno):
         first = function.body[1 if ast.get_docstring(function) else 0]
@@ -69,19 +62,20 @@ def main():
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to; must not exist")
     parser.add_argument("--parts", metavar="N,N", help="numbers of the parts, from 1 on; default: all")
     args = parser.parse_args()
-    parts = PARTS[args.method]
-    numbers = (args.parts or ",".join(map(str, range(1, len(parts) + 1)))).split(",")
-    if not set(numbers) <= set(map(str, range(1, len(parts) + 1))):
-        raise UserError(f"--parts {args.parts}: expected numbers from 1 to {len(parts)}, such as 1,2")
+    numbered = {str(number): part for number, part in enumerate(PARTS[args.method].items(), 1)}
+    chosen = args.parts.split(",") if args.parts else list(numbered)
+    if not set(chosen) <= numbered.keys():
+        raise UserError(f"--parts {args.parts}: expected numbers from 1 to {len(numbered)}, such as 1,2")
     if args.folder.exists():
         raise UserError(f"{args.folder} exists: choose another folder")
-    parts = {part: names for number, (part, names) in enumerate(parts.items(), 1) if str(number) in numbers}
+    parts = dict(part for number, part in numbered.items() if number in chosen)
     shutil.copytree(HERE, args.folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "venv",
                                                                      args.folder.name))
     file = args.folder / f"{args.method}.py"
     file.write_text(blank(file.read_text(encoding="utf-8"), parts), encoding="utf-8")
     prefix = "test_" if args.method == "model" else f"test_{args.method}_"
-    (args.folder / "conftest.py").write_text(GRADER.format(prefix=prefix, parts=list(parts)), encoding="utf-8")
+    hook = f"from tools.lab import grader\n\npytest_terminal_summary = grader({prefix!r}, {list(parts)})\n"
+    (args.folder / "conftest.py").write_text(hook, encoding="utf-8")
     tests = "tests/test_model.py" if args.method == "model" else f"test_methods.py -k {args.method}"
     print(f"{file}: {len(parts)} parts to write: {', '.join(parts)}\ncd {args.folder} && python -m pytest {tests}")
 

@@ -34,8 +34,7 @@ def draw_scores(axes, runs):
         places = [place + (i - (len(runs) - 1) / 2) * height for place, _ in found]
         for when, alpha in (("before", 0.25), ("after", 1.0)):
             values = [s[when] for _, s in found]
-            reach = [[abs(v - wilson(v, s["rows"])[side]) for v, (_, s) in zip(values, found)]
-                     for side in (0, 1)]
+            reach = [[abs(v - wilson(v, s["rows"])[side]) for v, (_, s) in zip(values, found)] for side in (0, 1)]
             axes.barh(places, values, height * 0.9, color=f"C{i}", alpha=alpha, label=f"{run.name}, {when}", xerr=reach,
                       error_kw={"linewidth": 0.7, "alpha": 1.0})
     axes.set_yticks(range(len(tasks)), tasks)
@@ -44,8 +43,9 @@ def draw_scores(axes, runs):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
 
 
-def draw_tree(axes, run, chosen):
+def draw_tree(axes, run, report):
     """A search's nodes by what they learned and kept, each at its best share; a star for the chosen one."""
+    chosen = f"{report['layers'].replace('%', '')}-{title(report['modules']).replace(',', '+')}"
     for file in sorted(run.glob("search/*/results.json")):
         best = max((p for p in read_json(file)["points"] if p["share"]), key=harmonic)
         place, star = (best["speciality"], best["versatility"]), file.parent.name == chosen
@@ -56,33 +56,22 @@ def draw_tree(axes, run, chosen):
              xlim=(0, 100), ylim=(0, 100))
 
 
-def tree_of(run, results):
-    """[function of axes] that draws the search of a run, where it made one."""
-    report = results["report"]
-    if not (run / "search").exists():
-        return []
-    chosen = f"{report['layers'].replace('%', '')}-{title(report['modules']).replace(',', '+')}"
-    return [lambda axes: draw_tree(axes, run, chosen)]
-
-
 def main():
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished run folder, such as out/multilora")
     parser.add_argument("--png", type=Path, help="where to; default: plot.png in the first run's folder")
     args = parser.parse_args()
     import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     runs = {run: read_json(run / "results.json") for run in args.runs}
-    panels = [lambda axes: draw_loss(axes, runs), lambda axes: draw_scores(axes, runs)]
-    panels += [panel for run, results in runs.items() for panel in tree_of(run, results)]
-    plt.rcParams.update({"font.size": 9, "legend.fontsize": 7, "legend.frameon": False})
+    panels = [(draw_loss, runs), (draw_scores, runs)]
+    panels += [(draw_tree, run, results["report"]) for run, results in runs.items() if (run / "search").exists()]
+    matplotlib.rcParams.update({"font.size": 9, "legend.fontsize": 7, "legend.frameon": False})
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False,
-                                layout="constrained")
-    for i, place in enumerate(axes.flat):
-        panels[i](place) if i < len(panels) else place.axis("off")
+    figure = Figure((5.2 * columns, 4.6 * lines), layout="constrained")
+    for i, (draw, *what) in enumerate(panels, 1):
+        draw(figure.add_subplot(lines, columns, i), *what)
     png = args.png or args.runs[0] / "plot.png"
     with written(png) as part:
         figure.savefig(part, format="png", dpi=110)

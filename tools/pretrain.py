@@ -27,8 +27,8 @@ FLAGS = ("steps", "batch_size", "lr", "weight_decay", "seed", "device", "dtype",
 DEFAULTS = Config(steps=3600, batch_size=96, lr=2e-3, weight_decay=0.1, samples=0, out="base")
 
 
-def train_tokenizer(examples, size=512):
-    """A byte-level BPE of `size` entries. Each digit stays a token of its own: merged digits would make arithmetic a
+def train_tokenizer(examples):
+    """A byte-level BPE of 512 entries. Each digit stays a token of its own: merged digits would make arithmetic a
     different, much harder task."""
     fast = FastTokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.Sequence(
@@ -36,20 +36,11 @@ def train_tokenizer(examples, size=512):
     fast.decoder = decoders.ByteLevel()
     fast.train_from_iterator(
         ("### Instruction:\n{}\n\n### Response:\n{}".format(*(s.text for s in e.segments)) for e in examples),
-        trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return Tokenizer(fast, bos_id=1, eos_id=2, pad_id=0, stop_ids={2},
                      names={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
-
-
-def save_tokenizer(tokenizer, path):
-    """Writes tokenizer.json and a tokenizer_config.json that transformers reads."""
-    with written(path / "tokenizer.json") as part:
-        part.write_text(tokenizer.fast.to_str(pretty=True), encoding="utf-8")
-    write_json(path / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        **tokenizer.names, "chat_template": Template("short", tokenizer).exported()})
 
 
 def init_weights(model, seed):
@@ -84,10 +75,15 @@ def main():
     model.to(device)
     model.dtype = dtype  # of the computation; what is trained stays float32
     record = out / "pretraining"  # beside the checkpoint, whose own config.json is Hugging Face's
-    suite = encode_suite(dress(suite, Template("short", tokenizer)), tokenizer, config.max_length)
+    template = Template("short", tokenizer)
+    suite = encode_suite(dress(suite, template), tokenizer, config.max_length)
     results = learn(config, model, Adapter(model), suite, tokenizer, RunFolder(record))
     model.save_pretrained(out)
-    save_tokenizer(tokenizer, out)
+    with written(out / "tokenizer.json") as part:
+        part.write_text(tokenizer.fast.to_str(pretty=True), encoding="utf-8")
+    write_json(out / "tokenizer_config.json", {  # as transformers reads it
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokenizer.names,
+        "chat_template": template.exported()})
     write_json(record / "config.json", {"settings": asdict(config), "tasks": suite.names,
                                         **provenance(["-m", program(), *sys.argv[1:]])})
     write_json(record / "results.json", results)

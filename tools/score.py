@@ -10,27 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
-import formats
 from engine import devices
 from engine.flags import Parser, add_flags, check, command_line
 from engine.folder import peak_memory
 from engine.table import print_table, summary
-from model import LlamaConfig, UserError, read_json, reading, write_json
+from model import UserError, read_json, reading, write_json
 from train import Config, device_and_dtype, load_data, load_run
 
 OF_TRAIN = ("choices", "template", "max_length", "max_new_tokens", "tasks", "batch_size", "device", "dtype",
             "eval_split", "eval_limit", "shard")
-
-
-def load_files(args, config):
-    """(Suite of tokens, tokenizer) of --eval-data, with solved examples in front of each question."""
-    tokenizer = data.Tokenizer.from_pretrained(config.base)
-    template, source = formats.choose(config.template, tokenizer, Path(config.base))
-    print(f"template: {source}")
-    suite = formats.dress(formats.load([], args.eval_data, limit=config.eval_limit, shots=args.shots,
-                                       shot_files=args.shot_data, choices=config.choices), template)
-    longest = min(config.max_length, LlamaConfig.from_pretrained(config.base).max_position_embeddings)
-    return data.encode_suite(suite, tokenizer, longest), tokenizer
 
 
 def main():
@@ -50,18 +38,16 @@ def main():
     args = parser.parse_args()
     if args.shots < 0 or bool(args.shots) != bool(args.shot_data) or args.shots and not args.eval_data:
         raise UserError("--shots N, --shot-data and --eval-data go together")
-    if args.eval_data and args.eval_split == "validation":
-        raise UserError("--eval-data is the test data: leave out --eval-split validation")
 
     settings, file = {"base": str(args.model)}, args.model / "config.json"
     run = read_json(file)
-    if is_run := "asked" in run:
-        with reading(file):
-            settings = run["asked"]["settings"]
-            settings |= {"template": run["template"]} if args.eval_data else {}
-            settings |= {"base": args.base} if args.base else {}
-    settings |= {"data": args.eval_data, "tasks": "all", "eval_split": "test"} if args.eval_data else {}
     with reading(file):
+        if is_run := "asked" in run:
+            settings = run["asked"]["settings"] | ({"base": args.base} if args.base else {})
+        if args.eval_data:
+            settings |= {"data": [], "eval_data": args.eval_data, "general_data": [], "mix": "proportional",
+                         "tasks": "all", "eval_split": "test", "eval_every": 0,
+                         "template": run["template"] if is_run else "auto"}
         config = Config(**settings)
     config = replace(config, **{name: getattr(args, name) for name in OF_TRAIN if getattr(args, name) is not None})
     check(config)
@@ -70,7 +56,7 @@ def main():
         model = load_run(args.model, device, dtype, args.base, config.shard)[0]
     else:
         model = devices.load(args.model, device, dtype, config.shard)
-    suite, tokenizer = load_files(args, config) if args.eval_data else load_data(config, train=False)[:2]
+    suite, tokenizer, _ = load_data(config, train=False, shots=args.shots, shot_files=args.shot_data)
     start = time.perf_counter()
     scores = data.evaluate(model, suite, tokenizer, config.batch_size, config.max_new_tokens)
     results = {"model": str(args.model), "eval_split": config.eval_split, **summary(suite, scores, scores),
