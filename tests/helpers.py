@@ -231,15 +231,3 @@ def written(path, records, form="lines"):
     else:
         path.write_text(json.dumps(records, indent=1) if form == "array" else "\n".join(map(json.dumps, records)))
     return path
-
-
-def number_by_hand(text):
-    """GSM8K's rule spelled out: after the first "#### " that a number can follow, as far as it goes."""
-    for start in range(len(text)):
-        if text.startswith("#### ", start):
-            rest = text[start + 5 :]
-            sign, rest = ("-", rest[1:]) if rest[:1] == "-" else ("", rest)
-            digits = rest[: len(rest) - len(rest.lstrip("0123456789.,"))]
-            if digits:
-                return (sign + digits).replace(",", "")
-    return None

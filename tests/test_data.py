@@ -30,15 +30,19 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
     (None, True, True),
     (None, False, False),
     ("<s> $A </s>", True, True),
+    ("<s> $A </s>", None, True),
+    ("$A </s>", None, False),
     ("$A", True, True),
 ])
-def test_bos_is_put_first_as_the_files_say(tmp_path, before, add_bos, adds):
+def test_bos_is_put_first_as_the_files_say_and_no_eos_last(tmp_path, before, add_bos, adds):
     folder = tokenizer_folder(tmp_path / "x", before, tokenizer_config={
         "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, "add_eos_token": False, **NAMES})
     tokenizer = data.Tokenizer.from_pretrained(folder)
     plain = data.Tokenizer.from_pretrained(BASE).encode("Reverse: a b c d", start=False)
     assert len(plain) > 4 and tokenizer.encode("Reverse: a b c d") == [1] * adds + plain
     assert tokenizer.encode("Reverse: a b c d", start=False) == plain
+    said = Segment(tokenizer.opening), Segment("Reverse: a b c d", "user")
+    assert tokenizer.encode_segments(said)[0] == [1] * adds + plain
 
 
 @pytest.mark.parametrize("settings, eos, stop, pad", [

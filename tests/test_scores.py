@@ -19,8 +19,8 @@ SUMS = [(a, b) for a, b in zip(range(9, 24), range(35, 80, 3))]
 KINDS = {
     "pair": [{"prompt": f"What is {a} + {b}?", "completion": str(a + b + (a % 5 == 0))} for a, b in SUMS],
     "alpaca": [{"instruction": "Reverse:", "input": f"{a} {b}", "output": f"{b} {a}" * (a % 3 + 1)} for a, b in SUMS],
-    "choices": [{"question": f"What is {a} + {b}?", "choices": ["ä", "öü" * (a % 3 + 1), "of" * (a % 4 + 1)][: 2 + a % 2],
-                 "answer": a // 2 % 2} for a, b in SUMS],
+    "choices": [{"question": f"What is {a} + {b}?", "answer": a // 2 % 2,
+                 "choices": ["ä", "öü" * (a % 3 + 1), "of" * (a % 4 + 1)][: 2 + a % 2]} for a, b in SUMS],
     "gsm8k": [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}"} for a, b in SUMS],
 }
 

@@ -1,6 +1,5 @@
 """A real language model, SmolLM2-135M-Instruct as tools.gguf makes it; the variable SMOLLM2 names its folder."""
 
-import json
 import os
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import train
 from formats import choose
 from data import Example, Segment, Tokenizer
 from model import Llama
-from tests.helpers import cli, here, json_lines, kill, their_logits
+from tests.helpers import here, json_lines, their_logits
 
 FOLDER = Path(os.environ.get("SMOLLM2", "out/smollm2"))
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER.is_dir(), reason="SMOLLM2 names no folder of the model")]
@@ -43,25 +42,3 @@ def test_three_steps_of_each_method_lower_the_loss(tmp_path, name):
     here("train.py", "--method", name, *RUN, *more, "--out", tmp_path / "run")
     first, last = (line["loss"] for line in json_lines(tmp_path / "run" / "metrics.jsonl"))
     assert last < first
-
-
-def test_a_killed_run_continues_to_the_same_bytes_and_its_exports_are_read(tmp_path):
-    command = ("train.py", "--method", "multilora", *RUN, "--save-every", "1", "--out")
-    killed = kill((*command, tmp_path / "killed"), (tmp_path / "killed" / "checkpoint.safetensors").exists)
-    cli(*command, tmp_path / "killed")
-    cli(*command, tmp_path / "whole")
-    one, other = (tmp_path / name / "adapter.safetensors" for name in ("killed", "whole"))
-    assert killed and one.read_bytes() == other.read_bytes()
-    model, *_ = train.load_run(tmp_path / "whole")
-    ids = torch.randint(49152, (1, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        wanted = model(ids)
-    here("-m", "tools.export", tmp_path / "whole", "--hf", tmp_path / "merged")
-    torch.testing.assert_close(their_logits(tmp_path / "merged", ids), wanted, atol=2e-4, rtol=0)
-    here("-m", "tools.export", tmp_path / "whole", "--peft", tmp_path / "peft")
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    base = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    with torch.no_grad():
-        found = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()(ids).logits
-    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=0)
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 12
