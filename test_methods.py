@@ -457,10 +457,12 @@ def test_csreft_attach_freezes_the_base_and_refuses_more_rows_than_the_width():
 
 
 def test_csreft_param_groups_have_the_routers_rate_and_no_decay_on_R_and_biases():
-    model = tiny()
-    for name, found in rates(model, csreft.attach(model, csreft_config(router_lr=0.5))).items():
-        wanted = (0.5 if "router" in name else 1.0, 0.1 if name == "csreft.W" or name.endswith("weight") else 0.0)
-        assert found == wanted, f"{name} has (rate, decay) = {wanted} of --lr 1, --router-lr 0.5 and 0.1, found {found}"
+    for given, rate in ((0.5, 0.5), (None, 0.4)):
+        model = tiny()
+        for name, found in rates(model, csreft.attach(model, csreft_config(router_lr=given))).items():
+            wanted = (rate if "router" in name else 1.0, 0.1 if name == "csreft.W" or name.endswith("weight") else 0.0)
+            assert found == wanted, (
+                f"{name} has (rate, decay) = {wanted} of --lr 1, --router-lr {given} and 0.1, found {found}")
 
 
 def test_csreft_penalty_is_the_mean_gate():

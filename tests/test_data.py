@@ -83,6 +83,17 @@ def test_broken_tokenizer_files_are_refused_in_one_line(tmp_path):
     refused(load, folder, "no tokenizer.json, only tokenizer.model", "save it with")
 
 
+@pytest.mark.parametrize("name, content, words", [
+    ("tokenizer_config", {"eos_token": 3}, "config"), ("tokenizer_config", {"eos_token": ["x"]}, "config"),
+    ("tokenizer_config", {"eos_token": "<end>"}, "eos_token '<end>' is not in the vocabulary"),
+    ("tokenizer_config", {"bos_token": "<go>", "eos_token": "</s>"}, "bos_token '<go>' is not in the vocabulary"),
+    ("config", {"vocab_size": 600, "eos_token_id": 550}, "eos_token_id is 550, expected the id of a token"),
+    ("generation_config", {"eos_token_id": 512}, "512"), ("generation_config", {"eos_token_id": [2, -1]}, ""),
+    ("generation_config", {"eos_token_id": "2"}, ""), ("generation_config", {"eos_token_id": [[2]]}, "")])
+def test_a_wrong_value_in_a_tokenizers_settings_is_named(tmp_path, name, content, words):
+    refused(data.Tokenizer.from_pretrained, tokenizer_folder(tmp_path / "x", **{name: content}), words)
+
+
 # ---------------------------------------------------------------------------------------------- the built-in suite
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +17,7 @@ from data import Tokenizer, encode
 from formats import FORMATS, read_files
 from formats.known import Format, example, final_number
 from model import Llama, UserError
-from tests.helpers import BASE, HERE, here, one_line_error, posix, tiny, with_template, written
+from tests.helpers import BASE, HERE, here, one_line_error, posix, refused, tiny, with_template, written
 
 SAID = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 FROM = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
@@ -325,6 +326,17 @@ def test_links_into_a_cache_and_long_fields(tmp_path):
     assert read_files([str(written(tmp_path / "a.csv", [long], "csv"))])["a"][1][0].segments[0].text == long["prompt"]
 
 
+@posix
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        assert str(file) in one_line_error("train.py", "--method", "lora", "--data", file, "--out", tmp_path / "out")
+    tiny().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "config.json").unlink()
+    os.mkfifo(tmp_path / "base" / "config.json")
+    refused(Llama.from_pretrained, tmp_path / "base", "no regular file")
+
+
 def test_choices_and_answers_are_stripped_alike(tmp_path):
     row = {"question": "Q", "choices": ["a. ", " b"], "answer": 0}
     rows, tokenizer = read_files([str(written(tmp_path / "a.jsonl", [row]))])["a"][1], Tokenizer.from_pretrained(BASE)
@@ -409,6 +421,19 @@ def test_a_mistake_about_data_is_one_clear_line(tmp_path, args, names):
     message = one_line_error(HERE / "train.py", *method, *args, "--base", BASE, "--steps", "1", cwd=tmp_path)
     assert all(name in message for name in names), message
     assert not list((tmp_path / "out").rglob("*.*")), "a refused run must leave nothing behind"
+
+
+def test_legal_but_odd_input_works(tmp_path):
+    """One row with --eval-data, an empty answer there, prompts of special tokens alone, a batch larger than the data,
+    --max-length 2, a folder with spaces, another working directory."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    written(folder / "one.jsonl", [{"prompt": "<s></s>", "completion": "Ho"}])
+    written(folder / "test.jsonl", [{"prompt": "Hi", "completion": ""}, {"prompt": "</s>", "completion": "<s>"}])
+    common = (HERE / "train.py", "--method", "lora", "--base", BASE, "--data", "one.jsonl", "--steps", "2")
+    here(*common, "--eval-data", "one=test.jsonl", "--batch-size", "100", cwd=folder)
+    assert json.loads((folder / "out" / "lora" / "results.json").read_text())["tasks"]["one"]["after"] >= 0
+    here(*common, "--eval-data", "one=test.jsonl", "--max-length", "2", "--out", "short", cwd=folder)
 
 
 def test_readmes_commands_lead_from_a_chat_model_and_its_talk_to_a_checkpoint(tmp_path):
