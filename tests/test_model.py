@@ -178,6 +178,8 @@ def random_checkpoint(rng):
         raw["head_dim"] = rng.choice([4, 10, 16])
     if raw["model_type"] == "mistral":
         raw["sliding_window"] = None
+        if rng.random() < 0.5:
+            del raw["max_position_embeddings"]
     else:
         raw.update(attention_bias=rng.random() < 0.5, mlp_bias=rng.random() < 0.5)
         raw["num_key_value_heads"] = rng.choice([raw["num_key_value_heads"], None])  # None: as many as heads
@@ -211,6 +213,8 @@ def test_200_random_checkpoints_agree_with_transformers_both_ways(tmp_path, seed
         close(their_logits(own, ids), wanted)
         saved = json.loads((own / "config.json").read_text())
         assert saved["tie_word_embeddings"] == raw["tie_word_embeddings"]
+        length = pytest.importorskip("transformers").AutoConfig.from_pretrained(theirs).max_position_embeddings
+        assert saved["max_position_embeddings"] == length
 
 
 def test_base_agrees_with_transformers():
@@ -314,15 +318,6 @@ def test_what_is_wrong_with_a_checkpoint_is_one_line(tmp_path, file, change, wor
         Llama.from_pretrained(tmp_path)
     else:
         refused(Llama.from_pretrained, tmp_path, *words)
-
-
-def test_mistrals_length_is_its_own_where_config_json_names_none(tmp_path):
-    tiny().save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": None}
-    del raw["max_position_embeddings"]
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    found = Llama.from_pretrained(tmp_path).config.max_position_embeddings
-    assert found == pytest.importorskip("transformers").MistralConfig().max_position_embeddings == 131072
 
 
 def test_changing_or_saving_mapped_weights_leaves_the_rest_whole(tmp_path):

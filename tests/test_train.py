@@ -320,13 +320,11 @@ def test_a_base_is_the_files_that_decide_what_it_says(runs, tmp_path):
     """Other files may lie beside them; a change of one of them is named."""
     out, base = runs("--method", "lora", *QUICK), tmp_path / "base"
     shutil.copytree(BASE, base)
-    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    (base / "consolidated.safetensors").write_bytes(b"")
     train.load_run(out, base=base)
-    for name, old, new in (("config.json", '"rope_theta": 10000.0', '"rope_theta": 500.0'),
-                           ("tokenizer.json", '"<pad>"', '"<PAD>"')):
+    for name in ("config.json", "tokenizer.json"):
         text = (base / name).read_text()
-        assert old in text
-        (base / name).write_text(text.replace(old, new))
+        (base / name).write_text(text + "\n")
         with pytest.raises(UserError, match=f"another base than .*base file {name} has changed"):
             train.load_run(out, base=base)
         (base / name).write_text(text)
