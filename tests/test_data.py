@@ -117,7 +117,6 @@ def test_a_task_that_is_named_twice_is_learned_once():
 
 
 def test_the_base_knows_the_general_tasks_and_not_the_new_ones():
-    """What README claims of base/, on 50 unseen prompts of each task."""
     results = json.loads((BASE / "pretraining" / "results.json").read_text())
     assert results["versatility"] >= 97 and all(s["group"] == "general" for s in results["tasks"].values())
     model, tokenizer = Llama.from_pretrained(BASE), data.Tokenizer.from_pretrained(BASE)

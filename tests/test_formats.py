@@ -95,7 +95,6 @@ def test_each_form_is_recognised_and_each_field_read_or_named(tmp_path, capsys, 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_formats_sample_goes_all_the_way_to_a_score(tmp_path, name):
-    """Recognised, read, encoded with something to learn, scored; and in the table that tools.show prints."""
     kind, tokenizer = FORMATS[name], Tokenizer.from_pretrained(BASE)
     found, rows = read_files([str(written(tmp_path / "a.jsonl", [kind.sample] * 3))])["a"]
     assert found == name and len(rows) == (6 if name == "multirc" else 3) and rows[0].source.endswith("a.jsonl:1")
@@ -238,7 +237,6 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, capsys):
 
 
 def test_tasks_mixed_equally_have_as_many_answers_to_learn(tmp_path):
-    """Not as many rows: a talk has several answers."""
     turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     talk = written(tmp_path / "talk.jsonl", [{"messages": turn * 5}] * 40)
     pair = written(tmp_path / "pair.jsonl", [{"prompt": str(i), "completion": "a"} for i in range(60)])

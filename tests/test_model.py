@@ -49,7 +49,6 @@ def test_rms_norm_divides_by_the_root_of_mean_square_plus_eps():
 
 
 def test_rope_frequencies_are_powers_of_theta_scaled_by_the_published_rules():
-    """Written out for each frequency, as the papers' code does it with branches."""
     config = LlamaConfig(8, 64, 8, 1, 2, rope_theta=500000.0)
     linear = {"rope_type": "linear", "factor": 4.0}
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -460,7 +459,6 @@ def test_the_loss_and_the_optimiser_are_those_of_the_method():
 
 
 def test_a_methods_optimiser_and_its_integers_continue_to_the_same_bytes(tmp_path, monkeypatch):
-    """After a signal in step 4 of 7; an integer and a bool come back as such."""
     monkeypatch.setattr(train, "find_methods", cache(lambda: {"own": OWN}))
     whole, stopped = (train.Config(method="own", base=str(BASE), tasks="currency", steps=7, batch_size=4, eval_limit=1,
                                    out=str(tmp_path / name)) for name in ("whole", "stopped"))

@@ -71,7 +71,6 @@ def test_the_final_numbers_of_real_answers():
 @pytest.mark.slow
 @pytest.mark.parametrize("method, args", [("multilora", []), ("csreft", []), ("cofitune", ["--layers", "all"])])
 def test_every_method_learns_real_instructions_on_a_real_checkpoint(runs, tmp_path, method, args):
-    """The held-out loss falls, and what is exported has the same logits and tokenizer."""
     out = runs("--method", method, *args, "--base", TINY, "--data", REAL / "alpaca" / "alpaca_en_demo.json",
                "--template", "alpaca", "--steps", "30", "--batch-size", "8", "--lr", "2e-3", "--eval-limit", "20")
     row = json.loads((out / "results.json").read_text())["tasks"]["alpaca_en_demo"]

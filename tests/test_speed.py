@@ -69,7 +69,6 @@ def test_without_a_compiler_compile_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_loss_is_the_mean_over_labelled_tokens_in_pieces_too(monkeypatch):
-    """Oracle: the logits of all positions, and a loop over the labels."""
     model = tiny(torch.float64)
     batch = batch_of(model, (9, 5, 12))
     ids, ctx = batch.ids, batch.ctx

@@ -12,7 +12,7 @@ from data import Example, Segment
 from formats import TEMPLATES, choose
 from formats.known import example
 from model import UserError
-from tests.helpers import BASE, TINY, here, needs_real, tokenizer_folder
+from tests.helpers import BASE, TINY, needs_real, tokenizer_folder
 
 # As published with ChatML, SmolLM2 Instruct, Zephyr, Tulu, Llama 2 Chat, Llama 3 Instruct, Mistral
 # Instruct v0.1 and Phi-3; like those of Llama 3.1, Mistral v0.3, Gemma and a reasoning model; and one without tokens.
@@ -282,9 +282,3 @@ def test_templates_that_do_not_work_are_one_line(asked, words):
     with pytest.raises(UserError) as error:
         choose(asked, data.Tokenizer.from_pretrained(BASE), BASE)
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_base_has_the_template_that_it_was_trained_with(tmp_path):
-    (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}]')
-    assert "###  Instruction : \\n a \\n \\n ###  Response : \\n [b] [</s>]" in here(
-        "-m", "tools.show", tmp_path / "a.json").stdout

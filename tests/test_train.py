@@ -184,7 +184,6 @@ def test_a_run_leaves_what_it_promises(runs):
 
 @pytest.mark.slow
 def test_validation_losses_and_samples_are_told(runs):
-    """By a second scoring of what the run has saved."""
     out = runs("--method", "lora", *QUICK, "--eval-every", "5", "--lr", "0.05", "--samples", "3")
     losses = {r["step"]: r["validation_loss"] for r in json_lines(out / "metrics.jsonl") if "validation_loss" in r}
     printed = (out.parent / "printed.txt").read_text()
@@ -307,7 +306,6 @@ def test_shots_stand_in_front_of_the_questions_that_are_scored(runs, tmp_path, m
 
 
 def test_a_model_whose_numbers_overflow_is_not_scored(tmp_path):
-    """Every weight is finite, the logits are not: no figure would mean anything."""
     shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("pretraining"))
     tensors = load_file(BASE / "model.safetensors")
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] * 0 + 3e38},
@@ -317,7 +315,6 @@ def test_a_model_whose_numbers_overflow_is_not_scored(tmp_path):
 
 
 def test_a_base_is_the_files_that_decide_what_it_says(runs, tmp_path):
-    """Other files may lie beside them; a change of one of them is named."""
     out, base = runs("--method", "lora", *QUICK), tmp_path / "base"
     shutil.copytree(BASE, base)
     (base / "consolidated.safetensors").write_bytes(b"")
@@ -340,5 +337,4 @@ def test_norms_and_biases_have_no_weight_decay():
 
 @pytest.mark.slow
 def test_mutated_input_ends_in_success_or_one_line():
-    text = cli("-m", "tests.fuzz", "--cases", "2000").stdout
-    assert len(text.splitlines()) == 5 and all("refused" in line for line in text.splitlines())
+    assert cli("-m", "tests.fuzz", "--cases", "2000").stdout.count("refused") == 5
