@@ -37,11 +37,10 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 def test_bos_is_put_first_as_the_files_say_and_no_eos_last(tmp_path, before, add_bos, adds):
     folder = tokenizer_folder(tmp_path / "x", before, tokenizer_config={
         "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos, "add_eos_token": False, **NAMES})
-    tokenizer = data.Tokenizer.from_pretrained(folder)
-    plain = data.Tokenizer.from_pretrained(BASE).encode("Reverse: a b c d", start=False)
-    assert len(plain) > 4 and tokenizer.encode("Reverse: a b c d") == [1] * adds + plain
-    assert tokenizer.encode("Reverse: a b c d", start=False) == plain
-    said = Segment(tokenizer.opening), Segment("Reverse: a b c d", "user")
+    tokenizer, text = data.Tokenizer.from_pretrained(folder), " Reverse:  a b c d\n"
+    plain = tokenizers.Tokenizer.from_file(str(BASE / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == [1] * adds + plain and tokenizer.encode(text, start=False) == plain
+    said = Segment(tokenizer.opening), Segment(text, "user")
     assert tokenizer.encode_segments(said)[0] == [1] * adds + plain
 
 

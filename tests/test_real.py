@@ -4,13 +4,11 @@ import csv
 import json
 
 import pytest
-import tokenizers
 import torch
 
 import data
 import formats
 import train
-from data import Segment
 from formats.known import final_number
 from model import Llama
 from tests.helpers import REAL, TINY, cli, here, needs_real, random_ids, their_logits
@@ -28,21 +26,6 @@ def test_a_real_checkpoint_agrees_with_transformers_and_continues_a_story():
     ids = torch.randint(3, 2048, (4, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(ids), their_logits(TINY, ids), atol=1e-4, rtol=0)
-
-
-def test_a_real_tokenizer_gives_the_ids_of_its_files_and_no_space_between_prompt_and_answer():
-    """Llama 2's kind of tokenizer puts a space before any text: prompt and answer apart must spell the text in one
-    piece."""
-    tokenizer, fast = data.Tokenizer.from_pretrained(TINY), tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    for text in ("Once upon a time", "", " two  spaces", "Lily's mom said:\n\"No!\"", "élan 北京", "3.14 x 42"):
-        assert tokenizer.encode(text) == [1, *fast.encode(text, add_special_tokens=False).ids], text
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 0, {2})
-    spelled = lambda ids: "".join(tokenizer.fast.id_to_token(i) for i in ids)
-    for prompt, answer in (("Once upon", " a time there was"), ("She said", ', "Hello!"'), ("Tom", "'s dog ran.")):
-        said = Segment(tokenizer.opening), Segment(prompt, "user"), Segment(answer, "assistant", trained=True)
-        apart = tokenizer.encode_segments(said)[0]
-        assert spelled(apart) == spelled(tokenizer.encode(prompt + answer))
-        assert spelled(tokenizer.encode(prompt) + tokenizer.fast.encode(answer).ids[1:]) != spelled(apart)
 
 
 @pytest.mark.slow
