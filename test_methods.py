@@ -34,8 +34,8 @@ from base import suite as builtin
 from data import Segment
 from model import Cache, Context, Llama, LlamaConfig, UserError, find_linears, parse_layers
 from reproduce.gates import gates_by_task
-from tests.helpers import (BASE, HERE, QUICK, builtin_examples, cli, clone, json_lines, perturb, random_ids, settled,
-                           tiny, trained_on_builtin)
+from tests.helpers import (BASE, HERE, QUICK, builtin_examples, cli, clone, greedy_without_cache, json_lines, perturb,
+                           random_ids, settled, tiny, trained_on_builtin)
 
 DTYPES = ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64))
 
@@ -457,10 +457,12 @@ def test_csreft_attach_freezes_the_base_and_refuses_more_rows_than_the_width():
 
 
 def test_csreft_param_groups_have_the_routers_rate_and_no_decay_on_R_and_biases():
-    model = tiny()
-    for name, found in rates(model, csreft.attach(model, csreft_config(router_lr=0.5))).items():
-        wanted = (0.5 if "router" in name else 1.0, 0.1 if name == "csreft.W" or name.endswith("weight") else 0.0)
-        assert found == wanted, f"{name} has (rate, decay) = {wanted} of --lr 1, --router-lr 0.5 and 0.1, found {found}"
+    for given, rate in ((0.5, 0.5), (None, 0.4)):
+        model = tiny()
+        for name, found in rates(model, csreft.attach(model, csreft_config(router_lr=given))).items():
+            wanted = (rate if "router" in name else 1.0, 0.1 if name == "csreft.W" or name.endswith("weight") else 0.0)
+            assert found == wanted, (
+                f"{name} has (rate, decay) = {wanted} of --lr 1, --router-lr {given} and 0.1, found {found}")
 
 
 def test_csreft_penalty_is_the_mean_gate():
@@ -553,15 +555,7 @@ def test_csreft_generation_in_a_batch_equals_one_by_one_and_no_cache(positions):
     csreft.attach(model, csreft_config(positions=positions))
     perturb(model, 0.5)
     prompts = [random_ids(model, 1, n, seed=n)[0].tolist() for n in (3, 9, 1, 6)]
-
-    def no_cache(prompt):
-        ids = list(prompt)
-        for _ in range(10):
-            ctx = Context(prompt_mask=torch.arange(len(ids))[None] < len(prompt))
-            ids.append(model(torch.tensor([ids]), ctx=ctx)[0, -1].argmax().item())
-        return ids[len(prompt):]
-
-    wanted = [no_cache(p) for p in prompts]
+    wanted = [greedy_without_cache(model, p, 10) for p in prompts]
     assert model.generate(prompts, 10) == wanted == [model.generate([p], 10)[0] for p in prompts]
     assert wanted != tiny(torch.float64).generate(prompts, 10), "the edits changed nothing: the test shows nothing"
 
@@ -898,19 +892,6 @@ def test_cofitune_choose_and_attach_train_the_chosen_weights_and_biases_alone(la
     assert adapter.tensors().keys() == adapter.trained.keys() == wanted and adapter.penalty(Context()) == 0
 
 
-def test_cofitune_masks_the_update_because_adam_cancels_a_constant_factor_on_the_gradient():
-    def length(factor):
-        p, total, generator = torch.nn.Parameter(torch.zeros(50)), 0.0, torch.Generator().manual_seed(0)
-        optimizer = torch.optim.AdamW([p], lr=1e-3, weight_decay=0.0)
-        for _ in range(30):
-            p.grad, old = factor * (1 + torch.randn(50, generator=generator)), p.detach().clone()
-            optimizer.step()
-            total += (p.detach() - old).norm().item()
-        return total
-
-    assert length(0.25) / length(1.0) == pytest.approx(1.0, abs=0.01), "a quarter of each gradient is the same way"
-
-
 # ---------------------------------------------------------------------------------------------- every method
 
 
@@ -1021,37 +1002,28 @@ import importlib
 import sys
 from types import SimpleNamespace
 import torch
-from model import Context, Llama, LlamaConfig, UserError
+from model import Context, Llama, LlamaConfig
 
 SETTINGS = {"multilora": {}, "csreft": {"subspaces": 2, "rank": 3, "sparsity": 0.1}, "cofitune": {"layers": "all"}}
 for name, settings in SETTINGS.items():
     method = importlib.import_module(name)
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(64, 32, 48, 2, 4))
+    model, ids = Llama(LlamaConfig(64, 32, 48, 2, 4)), torch.randint(0, 64, (4, 9))
     for p in model.parameters():
         torch.nn.init.normal_(p, float(p.dim() == 1), 0.1)
-    ids = torch.randint(0, 64, (4, 9))
-    labels = ids.masked_fill(torch.arange(9) < 3, -100)
-    batch = SimpleNamespace(ids=ids, labels=labels, ctx=Context(labels == -100))
-    before = model(ids, labels, batch.ctx).item()
+    batch = SimpleNamespace(ids=ids, labels=ids, ctx=Context(torch.arange(9).expand(4, 9) < 3))
     adapter = method.attach(model, method.Config(**settings))
     adapter.prepare([[batch]])
-    optimizer = adapter.optimizer(0.01, 0.0)
+    optimizer, losses = adapter.optimizer(0.01, 0.0), []
     for _ in range(3):
-        (adapter.loss(batch) / 24 + adapter.penalty(batch.ctx)).backward()
+        loss = adapter.loss(batch) + adapter.penalty(batch.ctx)
+        loss.backward()
         adapter.before_step()
         optimizer.step()
         adapter.after_step()
         optimizer.zero_grad()
-    model.eval()
-    trained = model(ids, ctx=batch.ctx)
-    assert model(ids, labels, batch.ctx) < before
-    try:
-        adapter.merge()
-        assert (model(ids) - trained).abs().max() < 1e-5
-        print("merged")
-    except UserError as error:
-        print("refused", error)
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
     del sys.modules[name]
     print(*sorted(set(sys.modules) & {"data", "train", "engine", "formats", "base", "tests", *SETTINGS}))
 """
@@ -1061,6 +1033,4 @@ def test_a_method_works_in_another_project_with_model_py_alone(tmp_path, monkeyp
     monkeypatch.delenv("PYTHONPATH", raising=False)
     for file in ("model.py", "multilora.py", "csreft.py", "cofitune.py"):
         shutil.copy(HERE / file, tmp_path / file)
-    said = cli("-c", ALONE, cwd=tmp_path).stdout.splitlines()
-    assert said[::2] == ["merged", said[2], "merged"] and said[2].startswith("refused CS-ReFT cannot be merged")
-    assert said[1::2] == [""] * 3, "other modules of the project were imported"
+    assert cli("-c", ALONE, cwd=tmp_path).stdout == "\n" * 3, "other modules of the project were imported"

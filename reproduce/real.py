@@ -52,7 +52,8 @@ def judged(section, seeds):
     rank = {name: column(section[name], "effective_rank") for name in ("multilora", "lora")}
     H = {name: [harmonic({**scores_of(run), "errors": (0.0, 0.0)})[0] for run in section[name]] for name in RUNS}
     return [judge("accuracy on the new tasks: MultiLoRA above LoRA", seeds, accuracy["multilora"], accuracy["lora"]),
-            judge("ΔW's effective rank: MultiLoRA's above LoRA's", seeds, rank["multilora"], rank["lora"], "directions"),
+            judge("ΔW's effective rank: MultiLoRA's above LoRA's", seeds,
+                  rank["multilora"], rank["lora"], "directions"),
             *csreft.judged({**section, "accuracy": accuracy}, seeds),
             judge("H of both scores: CoFiTune above SFT", seeds, H["cofitune"], H["sft"]),
             judge("H of both scores: CoFiTune above its coarse step alone", seeds, H["cofitune"], H["coarse"])]

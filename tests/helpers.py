@@ -24,7 +24,7 @@ import data
 import train
 from engine import devices
 from formats import choose
-from model import Llama, LlamaConfig, UserError
+from model import Context, Llama, LlamaConfig, UserError
 
 torch.set_num_threads(1)  # these models are small, and two spinning threads on a busy core take seconds for a product
 os.environ["OMP_NUM_THREADS"] = "1"  # nor in a program that a test starts
@@ -149,10 +149,11 @@ def random_ids(model, batch=3, length=11, seed=2):
     return torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def greedy_without_cache(model, prompt, new, stop):
+def greedy_without_cache(model, prompt, new, stop=()):
     ids = list(prompt)
     while len(ids) < len(prompt) + new:
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        ctx = Context(torch.arange(len(ids))[None] < len(prompt))
+        ids.append(model(torch.tensor([ids]), ctx=ctx)[0, -1].argmax().item())
         if ids[-1] in stop:
             return ids[len(prompt):-1]
     return ids[len(prompt):]
@@ -231,15 +232,3 @@ def written(path, records, form="lines"):
     else:
         path.write_text(json.dumps(records, indent=1) if form == "array" else "\n".join(map(json.dumps, records)))
     return path
-
-
-def number_by_hand(text):
-    """GSM8K's rule spelled out: after the first "#### " that a number can follow, as far as it goes."""
-    for start in range(len(text)):
-        if text.startswith("#### ", start):
-            rest = text[start + 5 :]
-            sign, rest = ("-", rest[1:]) if rest[:1] == "-" else ("", rest)
-            digits = rest[: len(rest) - len(rest.lstrip("0123456789.,"))]
-            if digits:
-                return (sign + digits).replace(",", "")
-    return None

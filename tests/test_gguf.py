@@ -11,7 +11,7 @@ import torch
 
 from data import Tokenizer
 from model import Llama
-from tests.helpers import BASE, REAL, here, one_line_error, tiny
+from tests.helpers import BASE, TINY, here, needs_real, one_line_error, tiny
 from tools.gguf import NAMES, tokenizer_of
 
 TEXTS = ["Hello  world, 1234 don't", "\n\n x é ☃ 𝛼", "a  b\tc ", " HE'LL say: <s>"]
@@ -125,16 +125,15 @@ def test_transformers_reads_the_file_as_the_folder(tmp_path):
         torch.testing.assert_close(Llama.from_pretrained(tmp_path / "out")(ids), theirs(ids).logits)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real files beside this checkout")
+@needs_real
 def test_sentencepiece_is_rebuilt_from_its_scores():
     """A SentencePiece BPE gives a piece the negative of its rank, in which tokenizer.json lists the merges."""
-    folder = REAL / "tinystories-656k"
-    tokens, types, merges = vocabulary(folder)
+    tokens, types, merges = vocabulary(TINY)
     rank = {pair.replace(" ", ""): -i for i, pair in reversed(list(enumerate(merges)))}
     fast = tokenizer_of({f"tokenizer.ggml.{key}": value for key, value in {
         "model": "llama", "tokens": tokens, "token_type": types, "scores": [rank.get(t, -1e9) for t in tokens],
         "unknown_token_id": 0, "bos_token_id": 1}.items()})
-    original = Tokenizer.from_pretrained(folder)
+    original = Tokenizer.from_pretrained(TINY)
     for text in [*TEXTS, "Once upon a time, there was a little girl."]:
         assert fast.encode(text).ids == original.fast.encode(text).ids
     assert fast.decode(fast.encode(text).ids[1:]) == text

@@ -26,7 +26,6 @@ def test_each_blank_fails_a_test_that_names_it_and_what_was_there_passes(tmp_pat
 
 
 def test_each_part_has_tests_that_are_named_after_it():
-    """So that a blank of it is noticed, and the grader finds them."""
     for method, parts in PARTS.items():
         file, prefix = ("tests/test_model.py", "test_") if method == "model" else ("test_methods.py", f"test_{method}_")
         text = (HERE / file).read_text(encoding="utf-8")

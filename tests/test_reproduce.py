@@ -27,8 +27,6 @@ from tests.helpers import BASE, HERE, QUICK, cli, here, one_line_error, start
 CLAIMS = {"multilora": multilora, "csreft": csreft, "cofitune": cofitune}
 STORED = json.loads(runner.STORED.read_text(encoding="utf-8"))
 README = (HERE / "reproduce" / "README.md").read_text(encoding="utf-8")
-PROGRAMS = sorted(".".join(file.relative_to(HERE).with_suffix("").parts) for room in ("reproduce", "tools", "bench")
-                  for file in (HERE / room).rglob("*.py") if '__name__ == "__main__"' in file.read_text("utf-8"))
 
 # ---------------------------------------------------------------------------------------------- statistics and figures
 
@@ -280,11 +278,6 @@ def test_counts_at_published_sizes(args, numbers):
     Memory is 2 bytes for a frozen number, 4 + 4 + 8 for a trained one."""
     text = here("-m", "reproduce.count", *args.split()).stdout
     assert all(number in text for number in numbers), text
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_explains_its_flags(program):
-    assert here("-m", program, "--help").stdout.startswith(f"usage: {program} [-h]")
 
 
 @pytest.mark.parametrize("program, args, text", [

@@ -105,7 +105,6 @@ def test_a_signal_is_one_line(tmp_path, number):
     (csreft, csreft.Config(subspaces=2, rank=2, layers="3,4", sparsity=0.1)),
     (cofitune, cofitune.Config(layers="3", importance_batches=2))], ids=["multilora", "csreft", "cofitune"])
 def test_a_checkpoint_is_all_that_a_run_needs(tmp_path, monkeypatch, method, config):
-    """Eight steps at once, and eight with a stop after the fifth, to the same bits and records."""
     monkeypatch.setattr(train, "LOG_EVERY", 3)
     records, stop = [], lambda adapter, step: step == 4 and signal.raise_signal(signal.SIGINT)
     run = lambda **more: trained_on_builtin(method, config, 8, save_every=0, log=records.append, **more)[1].tensors()
@@ -169,7 +168,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 @posix
 def test_two_processes_never_work_in_one_folder(tmp_path):
-    """A killed one leaves no lock behind, and a refused one nothing at all."""
     out = tmp_path / "run"
     with RunFolder(out).locked():
         assert "another process works in" in one_line_error(*RUN, "--out", out) and out.exists()

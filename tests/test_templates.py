@@ -12,9 +12,9 @@ from data import Example, Segment
 from formats import TEMPLATES, choose
 from formats.known import example
 from model import UserError
-from tests.helpers import BASE, TINY, here, needs_real, tokenizer_folder
+from tests.helpers import BASE, TINY, needs_real, tokenizer_folder
 
-# As published with ChatML, SmolLM2 Instruct, Hermes on Llama 3, Zephyr, Tulu, Llama 2 Chat, Llama 3 Instruct, Mistral
+# As published with ChatML, SmolLM2 Instruct, Zephyr, Tulu, Llama 2 Chat, Llama 3 Instruct, Mistral
 # Instruct v0.1 and Phi-3; like those of Llama 3.1, Mistral v0.3, Gemma and a reasoning model; and one without tokens.
 PUBLISHED = {
     "chatml":
@@ -25,10 +25,6 @@ PUBLISHED = {
         "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %"
         "}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% "
         "if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "hermes-llama3":
-        "{{bos_token}}{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['conten"
-        "t'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%"
-        ' endif %}',
     "zephyr":
         "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content']"
         " + eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_t"
@@ -161,17 +157,18 @@ def tokenized(folder, name, talk):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "prepend", "first"])
-@pytest.mark.parametrize("name", [*PUBLISHED, *TEMPLATES])
-def test_ids_are_those_of_transformers(folders, kind, name):
-    """Of each answer of each talk, of its prompt, and of a question that waits for an answer. What follows the end of
-    the last answer, such as a line break, is left out; where nothing ends it, EOS is put there."""
+@pytest.mark.parametrize("chosen", [*PUBLISHED.values(), *TEMPLATES], ids=[*PUBLISHED, *TEMPLATES])
+def test_ids_are_those_of_transformers(folders, kind, chosen):
+    """Of each answer of each talk, of its prompt, and of a question that waits for an answer; those of our own template
+    of a name are the published one's. What follows the end of the last answer, such as a line break, is left out; where
+    nothing ends it, EOS is put there."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folders[kind])
     tokenizer = data.Tokenizer.from_pretrained(folders[kind])
-    template, _ = choose(PUBLISHED.get(name, name), tokenizer, folders[kind])
+    template, _ = choose(chosen, tokenizer, folders[kind])
     ids_of = lambda talk: tokenizer.encode_segments(template.apply(bare(talk)).segments)
     render = lambda talk, **more: theirs.apply_chat_template(
-        talk, chat_template=template.exported(), tokenize=True, return_dict=False, **more)
+        talk, chat_template=PUBLISHED.get(chosen, template.exported()), tokenize=True, return_dict=False, **more)
     for talk in TALKS:
         for end in [i + 1 for i, message in enumerate(talk) if message["role"] == "assistant"]:
             try:
@@ -182,12 +179,12 @@ def test_ids_are_those_of_transformers(folders, kind, name):
                 continue
             ids, labels, prompt = ids_of(talk[:end])
             assert labels == [-100] * prompt + ids[prompt:]
-            shown = ids[:-1] if name == "no-specials" else ids
+            shown = ids[:-1] if chosen == PUBLISHED["no-specials"] else ids
             assert wanted[: len(shown)] == shown, (talk[:end], theirs.decode(wanted), theirs.decode(ids))
             assert len(wanted) - len(shown) <= 2
             asked = render(talk[: end - 1], add_generation_prompt=True)
             assert ids_of(talk[: end - 1])[0] == asked
-            if name != "mistral-v0.3-like":  # its system text moves with the last question
+            if chosen != PUBLISHED["mistral-v0.3-like"]:  # its system text moves with the last question
                 assert ids[:prompt] == asked, (talk[:end], theirs.decode(asked), theirs.decode(ids[:prompt]))
 
 
@@ -236,13 +233,13 @@ def test_alpacas_two_prompts_are_the_published_ones():
         "\n\n### Instruction:\nSay {x}.\n\n### Response:\n")
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *TEMPLATES])
-def test_what_somebody_says_never_becomes_a_special_token(folders, name):
+@pytest.mark.parametrize("chosen", [*PUBLISHED.values(), *TEMPLATES], ids=[*PUBLISHED, *TEMPLATES])
+def test_what_somebody_says_never_becomes_a_special_token(folders, chosen):
     special = set(data.Tokenizer.from_pretrained(folders["bytes"]).fast.get_added_tokens_decoder())
-    count = lambda text: sum(i in special for i in tokenized(folders["bytes"], PUBLISHED.get(name, name), [
+    count = lambda text: sum(i in special for i in tokenized(folders["bytes"], chosen, [
         {"role": "user", "content": text}, {"role": "assistant", "content": text}])[0])
     for text in ("<|im_end|>", "a</s>b <s> c<|eot_id|>", "[INST] x [/INST]", "<|end|><end_of_turn>"):
-        assert count(text) == count("x"), (name, text)
+        assert count(text) == count("x"), text
 
 
 def test_a_token_that_is_not_marked_special_is_so_in_markup_only(tmp_path):
@@ -285,9 +282,3 @@ def test_templates_that_do_not_work_are_one_line(asked, words):
     with pytest.raises(UserError) as error:
         choose(asked, data.Tokenizer.from_pretrained(BASE), BASE)
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_base_has_the_template_that_it_was_trained_with(tmp_path):
-    (tmp_path / "a.json").write_text('[{"prompt": "a", "completion": "b"}]')
-    assert "###  Instruction : \\n a \\n \\n ###  Response : \\n [b] [</s>]" in here(
-        "-m", "tools.show", tmp_path / "a.json").stdout

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import data
 import train
@@ -154,20 +153,10 @@ def test_an_export_has_one_template_wherever_the_base_had_its_own(runs, tmp_path
 
 
 @pytest.mark.parametrize("method", ["multilora", "lora"])
-def test_an_exported_peft_adapter_has_the_runs_updates_logits_and_texts(runs, tmp_path, method):
-    """PEFT's rule: W + lora_alpha / r * B A."""
+def test_an_exported_peft_adapter_has_the_runs_logits_and_texts(runs, tmp_path, method):
     out = runs("--method", method, *QUICK)
     here("-m", "tools.export", out, "--peft", tmp_path / "peft")
-    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    model, adapter, _ = train.load_run(out, base=BASE)
-    wanted = adapter.deltas()
-    assert settings["r"] == 12 and len(tensors) == 2 * len(wanted) == 2 * 56
-    for name, delta in wanted.items():
-        A, B = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{kind}.weight"] for kind in "AB")
-        torch.testing.assert_close(settings["lora_alpha"] / settings["r"] * B @ A, delta, atol=1e-6, rtol=1e-5)
-        assert name.split(".")[-2] in settings["target_modules"] and delta.abs().max() > 0
-
+    model = train.load_run(out, base=BASE)[0]
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     base.generation_config.eos_token_id = None
