@@ -1,11 +1,11 @@
 """All six methods on a real base: two new fact tasks, and what the base keeps of what it knew.
 
     python -m reproduce.real --seeds 5 --train-flags "--base out/smollm2 --general-data PIQA.jsonl ALPACA.json"
+    python -m reproduce.real --alone --train-flags "--base out/smollm2"  # interference: each task by itself as well
     python -m reproduce.real --grid --train-flags "--base out/smollm2"   # the default rates against their multiples
 
 Short examples and 150 steps of 8, so that a run on two cores is a matter of minutes. Rates are the defaults, which fall
-with the base's width. CoFiTune's region is the one that a search chooses on the small base. The statements are those of
-`reproduce/claims/`; alone, a task has as many of its examples as it has beside the other.
+with the base's width. The statements are those of `reproduce/claims/`, judged where there are five seeds.
 """
 
 import json
@@ -20,7 +20,7 @@ from reproduce.runner import (CHOSEN_WITH, NAMES, about, arguments, column, fini
                               scores_of, store, verdicts)
 
 PROTOCOL = "--tasks currency,tool --steps 150 --batch-size 8 --samples 0"
-ALONE = "--steps 75 --batch-size 8 --samples 0"
+ALONE = "--steps 75 --batch-size 8 --samples 0"  # for one of two tasks: half of its steps
 GRID_PROTOCOL = "--tasks currency,tool --steps 40 --batch-size 8 --samples 0 --eval-limit 1"
 TIMES = (0.5, 1, 2, 4)
 REGION = "--layers 50%-100% --modules gate_proj,up_proj,down_proj"
@@ -29,12 +29,11 @@ RUNS = {**{name: f"--method {name}" for name in METHODS}, "cofitune": f"--method
 
 
 def compare(args):
-    """{row: a dictionary for each seed}, and "interference" and "gates" as in claims/csreft.py"""
-    together = over_seeds({name: f"{flags} {PROTOCOL}" for name, flags in RUNS.items()}, args)
-    measured = csreft.measure_all({name: together[name] for name in csreft.RUNS},
-                                  {name: RUNS[name] for name in csreft.RUNS}, ("currency", "tool"), ALONE, args)
-    return {**{name: list(map(brief, row)) for name, row in together.items()},
-            **{key: measured[key] for key in ("interference", "gates")}}
+    """{row: a dictionary for each seed}, and CS-ReFT's "gates" and the "claims" where they can be judged"""
+    rows = over_seeds({name: f"{flags} {PROTOCOL}" for name, flags in RUNS.items()}, args)
+    section = {**{name: list(map(brief, row)) for name, row in rows.items()},
+               "gates": list(map(csreft.gates, rows["csreft"]))}
+    return {**section, "claims": judged(section, args.seeds) if len(args.seeds) >= 5 else []}
 
 
 def brief(run):
@@ -54,7 +53,7 @@ def judged(section, seeds):
     return [judge("accuracy on the new tasks: MultiLoRA above LoRA", seeds, accuracy["multilora"], accuracy["lora"]),
             judge("ΔW's effective rank: MultiLoRA's above LoRA's", seeds,
                   rank["multilora"], rank["lora"], "directions"),
-            *csreft.judged({**section, "accuracy": accuracy}, seeds),
+            *csreft.accurate(accuracy, seeds), csreft.separating(section["gates"], seeds, "prompt's mean"),
             judge("H of both scores: CoFiTune above SFT", seeds, H["cofitune"], H["sft"]),
             judge("H of both scores: CoFiTune above its coarse step alone", seeds, H["cofitune"], H["coarse"])]
 
@@ -71,7 +70,15 @@ def compared(section):
                      f"{sum(column(runs, 'seconds')) / len(runs) / 60:.0f}", f"{max(column(runs, 'gigabytes')):.1f}"])
     table = markdown(["", "speciality", "versatility", *(f"loss on {task}" for task in losses), "minutes", "GB"], rows)
     parts = [verdicts(section["claims"])] if section["claims"] else []
-    return "\n\n".join((table, csreft.compared(section["interference"]), *parts))
+    return "\n\n".join((table, *parts))
+
+
+def alone(args):
+    """{"interference", "claims"} as in claims/csreft.py"""
+    rows = {name: RUNS[name] for name in csreft.RUNS}
+    together = over_seeds({name: f"{flags} {PROTOCOL}" for name, flags in rows.items()}, args)
+    found = csreft.interference(together, rows, ("currency", "tool"), ALONE, args)
+    return {"interference": found, "claims": csreft.interfering(found, args.seeds)}
 
 
 def grid(args):
@@ -93,15 +100,16 @@ def tuned(section):
 
 
 def main():
-    args = arguments(__doc__, grid="the default rates against their multiples instead")
+    args = arguments(__doc__, alone="interference instead: each task by itself as well",
+                     grid="the default rates against their multiples instead")
+    make, section, table = compare, "real", compared
     if args.grid:
-        section = grid(args)
-        store(args, "rates", section)
-        return print(f"\n{tuned(section)}")
-    section = compare(args)
-    section["claims"] = judged(section, args.seeds) if len(args.seeds) >= 5 else []
-    store(args, "real", section)
-    print(f"\n{compared(section)}")
+        make, section, table = grid, "rates", tuned
+    elif args.alone:
+        make, section, table = alone, "real_alone", csreft.tables
+    value = make(args)
+    store(args, section, value)
+    print(f"\n{table(value)}")
 
 
 if __name__ == "__main__":

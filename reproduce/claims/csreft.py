@@ -39,41 +39,50 @@ def gates(run):
     return {"gates": trained, "spread": widest(trained), "untrained_spread": widest(untrained)}
 
 
-def measure_all(together, rows, tasks, alone, args):
-    """What is judged. together: {row: [results at each seed]} of runs on all tasks. rows: {row: flags} whose
-    interference is measured, by runs on one task each with the flags `alone`; as "interference" it is
-    {row: [{task: [accuracy alone, together]} at each seed]}."""
-    flags = {(name, seed, task): f"{text} --tasks {task} {alone} --seed {seed}"
-             for name, text in rows.items() for seed in args.seeds for task in tasks}
-    results = finish(flags.values(), args)
+def interference(together, rows, tasks, alone, args):
+    """{row: [{task: [accuracy alone, together]} at each seed]}. together: {row: [results at each seed]} of runs on all
+    tasks. rows: {row: flags}, which are run on one task each, with the flags `alone`."""
+    runs = {(name, seed, task): f"{flags} --tasks {task} {alone} --seed {seed}"
+            for name, flags in rows.items() for seed in args.seeds for task in tasks}
+    results = finish(runs.values(), args)
     after = lambda run, task: run["tasks"][task]["after"]
-    pairs = lambda name, seed, run: {task: [after(results[flags[name, seed, task]], task), after(run, task)]
-                                     for task in tasks}
-    return {"accuracy": {name: column(row, "speciality") for name, row in together.items()},
-            "interference": {name: [pairs(name, *one) for one in zip(args.seeds, together[name])] for name in rows},
-            "gates": {name: list(map(gates, row)) for name, row in together.items() if name.startswith("csreft")}}
+    return {name: [{task: [after(results[runs[name, seed, task]], task), after(run, task)] for task in tasks}
+                   for seed, run in zip(args.seeds, together[name])] for name in rows}
 
 
 def measure(args):
     together = over_seeds({name: f"{flags} {ALL}" for name, flags in {**RUNS, **FIRST_TOKEN}.items()}, args)
-    return measure_all(together, RUNS, builtin.NEW, ALONE, args)
+    return {"accuracy": {name: column(row, "speciality") for name, row in together.items()},
+            "interference": interference(together, RUNS, builtin.NEW, ALONE, args),
+            "gates": {name: [gates(run) for run in together[name]] for name in ("csreft", *FIRST_TOKEN)}}
+
+
+def interfering(measured, seeds):
+    """The judged claims about what interference() measures."""
+    lost = {name: [mean(alone - together for alone, together in row.values()) for row in rows]
+            for name, rows in measured.items()}
+    return [judge("interference: LoReFT's, at equal total rank, above CS-ReFT's", seeds,
+                  lost["loreft"], lost["csreft"]),
+            judge("interference: LoRA's above CS-ReFT's", seeds, lost["lora"], lost["csreft"])]
+
+
+def accurate(accuracy, seeds):
+    return [judge("accuracy on the new tasks: CS-ReFT above LoReFT", seeds, accuracy["csreft"], accuracy["loreft"]),
+            judge("accuracy on the new tasks: CS-ReFT above LoRA", seeds, accuracy["csreft"], accuracy["lora"])]
+
+
+def separating(rows, seeds, what):
+    """The judged claim about what gates() measures. Rounded, so that a gate that is constant but for the last digits of
+    float32 counts as a tie."""
+    trained, untrained = ([round(row[key], 4) for row in rows] for key in ("spread", "untrained_spread"))
+    return judge(f"largest difference of a gate between two tasks: trained above untrained, routing on the {what}",
+                 seeds, trained, untrained, "gate")
 
 
 def judged(measured, seeds):
-    accuracy = measured["accuracy"]
-    lost = {name: [mean(alone - together for alone, together in row.values()) for row in rows]
-            for name, rows in measured["interference"].items()}
-    # Rounded, so that a gate that is constant but for the last digits of float32 counts as a tie.
-    widths = lambda name: [[round(row[key], 4) for row in measured["gates"][name]]
-                           for key in ("spread", "untrained_spread")]
-    difference = "largest difference of a gate between two tasks: trained above untrained, routing on the"
-    reads = {"csreft": "prompt's mean", "csreft-first-token": "first token"}
-    return [judge("interference: LoReFT's, at equal total rank, above CS-ReFT's", seeds,
-                  lost["loreft"], lost["csreft"]),
-            judge("interference: LoRA's above CS-ReFT's", seeds, lost["lora"], lost["csreft"]),
-            judge("accuracy on the new tasks: CS-ReFT above LoReFT", seeds, accuracy["csreft"], accuracy["loreft"]),
-            judge("accuracy on the new tasks: CS-ReFT above LoRA", seeds, accuracy["csreft"], accuracy["lora"]),
-            *(judge(f"{difference} {reads[name]}", seeds, *widths(name), "gate") for name in measured["gates"])]
+    return [*interfering(measured["interference"], seeds), *accurate(measured["accuracy"], seeds),
+            separating(measured["gates"]["csreft"], seeds, "prompt's mean"),
+            separating(measured["gates"]["csreft-first-token"], seeds, "first token")]
 
 
 def tables(section):
