@@ -8,7 +8,7 @@ city of the country, a number nearby, another form of the word.
 import random
 from dataclasses import replace
 
-from formats.known import FORMATS
+from formats.known import multiple_choice
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
@@ -113,7 +113,7 @@ def load(split="test", limit=0):
         for key, right, wrong in source(rng):
             four = [answer.format(key, word) for word in (right, *rng.sample(sorted(wrong), 3))]
             choices = rng.sample(four, 4)
-            record = {"question": question.format(key), "choices": choices, "answer": choices.index(four[0])}
-            found.append(replace(FORMATS["choices"].read(record), task=name, source=f"{name} {len(found)}"))
+            one = multiple_choice(question.format(key), choices, choices.index(four[0]), letters=False)
+            found.append(replace(one, task=name, source=f"{name} {len(found)}"))
         tests[name] = rng.sample(found, len(found))[split == "test" :: 2][: limit or None]
     return tests

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import Suite
 from formats.files import read_records
-from formats.known import FORMATS, is_trained
+from formats.known import FORMATS, is_trained, multiple_choice
 from formats.templates import TEMPLATES, chat_template, choose, dress, solved
 from model import UserError
 
@@ -76,7 +76,8 @@ def read_files(files, choices="text"):
                 if wrong or not isinstance(record, dict):
                     raise UserError(wrong or "no object with named fields")
                 record = Fields({key: value for key, value in record.items() if value is not None}, read)
-                found = (choices == "letter" and FORMATS[kind].lettered or FORMATS[kind].read)(record)
+                found = FORMATS[kind].read(record)
+                found = multiple_choice(*found, choices == "letter") if isinstance(found, tuple) else found
                 found, trained = found if isinstance(found, list) else [found], is_trained(record)
                 rows += [replace(one, task=name, source=f"{file}:{line}", segments=[
                     replace(s, trained=s.trained and trained) for s in one.segments]) for one in found]

@@ -1,7 +1,8 @@
 """What each kind of record means, and how it is scored: a row of FORMATS, at the end, is all that a format needs.
 
-A reader takes a record and gives an Example of bare segments, without a template's markup, or several. It may raise any
-exception for a record that is not of its kind: that row is bad. A UserError's message is shown as it is.
+A reader takes a record and gives an Example of bare segments, without a template's markup, or several; or (question,
+options, place of the right one), of which --choices makes an Example. It may raise any exception for a record that is
+not of its kind: that row is bad. A UserError's message is shown as it is.
 """
 
 import re
@@ -31,16 +32,15 @@ def text_of(record, *names, empty=False):
 
 
 def maybe(record, *names):
-    """The same, and "" where the record has none of the fields, or null."""
-    name = next((n for n in names if record.get(n) is not None), None)
-    return checked(record[name], name, empty=True) if name else ""
+    """The same, and "" where the record has none of the fields."""
+    return text_of(record, *names, empty=True) if any(n in record for n in names) else ""
 
 
-def answer_among(words, record, name):
-    """words[label] of the label that a field holds. Raises UserError, listing the labels, where it is none of them."""
-    if record[name] not in words:
-        raise UserError(f"field {name!r} is {record[name]!r:.80}, expected one of {', '.join(map(repr, words)):.80}")
-    return words[record[name]]
+def answer_among(words, label, name):
+    """words[label] of a field's label. Raises UserError, listing the labels, where it is none of them."""
+    if label not in words:
+        raise UserError(f"field {name!r} is {label!r:.80}, expected one of {', '.join(map(repr, words)):.80}")
+    return words[label]
 
 
 def example(*turns, system="", given="", earlier=(), choices=None):
@@ -175,7 +175,7 @@ def ranked(prompt, words, labels=("label",)):
     def read(record):
         asked = re.sub(r"{(\w+)}", lambda field: text_of(record, field[1]), prompt)
         name = next((n for n in labels if n in record), labels[0])
-        return example((asked + "\nAnswer:", answer_among(words, record, name)), choices=list(words.values()))
+        return example((asked + "\nAnswer:", answer_among(words, record[name], name)), choices=list(words.values()))
 
     return read
 
@@ -207,10 +207,10 @@ def read_wsc(record):
 
 
 def read_copa(record):
-    joint = answer_among({"cause": "because", "effect": "so"}, record, "question")
+    joint = answer_among({"cause": "because", "effect": "so"}, record["question"], "question")
     options = [text_of(record, name) for name in ("choice1", "choice2")]
     options = [option[0].lower() + option[1:] for option in options]
-    answer = answer_among(dict(enumerate(options)), record, "label")
+    answer = answer_among(dict(enumerate(options)), record["label"], "label")
     return example((f"{text_of(record, 'premise').rstrip('.')} {joint}", answer), choices=options)
 
 
@@ -218,47 +218,36 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MMLU, MMLU_NUMBERED = "question A B C D answer", "question choice0 choice1 choice2 choice3 answer"
 
 
-def by_letter(read):
-    """The reader that ranks letters, under which the options stand. read(record) -> (question, options, place of the
-    right one)."""
-    def lettered(record):
-        question, options, right = read(record)
-        letters = LETTERS[: len(options)]
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
-        return example((f"{question}\n{listed}\nAnswer:", letters[right]), choices=list(letters))
-
-    return lettered
-
-
-def by_text(read):
-    """The reader that ranks the options' own texts, as an answer to the question."""
-    def texts(record):
-        question, options, right = read(record)
+def multiple_choice(question, options, right, letters):
+    """Example that ranks the options' own texts, as an answer to the question, or the letters under which they stand.
+    right: place of the right one."""
+    if not letters:
         return example((f"Question: {question}\nAnswer:", options[right]), choices=options)
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    return example((f"{question}\n{listed}\nAnswer:", LETTERS[right]), choices=list(LETTERS[: len(options)]))
 
-    return texts
+
+def read_piqa(record):
+    options = [text_of(record, name) for name in ("sol1", "sol2")]
+    return text_of(record, "goal"), options, answer_among({"0": 0, "1": 1}, str(record["label"]).strip(), "label")
 
 
-def options_in(question, options, label, first=0):
-    """The reader of (question, options, place of the right one) from these fields; first: the first option's label."""
-    def read(record):
-        texts = [text_of(record, name) for name in options.split()]
-        keys = {str(first + place): place for place in range(len(texts))}
-        asked = "\n".join(text_of(record, name) for name in question.split())
-        return asked, texts, answer_among(keys, {label: str(record[label]).strip()}, label)
-
-    return read
+def read_siqa(record):
+    options = [text_of(record, name) for name in ("answerA", "answerB", "answerC")]
+    asked = f"{text_of(record, 'context')}\n{text_of(record, 'question')}"
+    return asked, options, answer_among({"1": 0, "2": 1, "3": 2}, str(record["label"]).strip(), "label")
 
 
 def read_mmlu(record):
     *names, answer = (MMLU if "A" in record else MMLU_NUMBERED).split()
     question, *options = [text_of(record, name) for name in names]
-    return question, options, answer_among(places(len(options)), {answer: str(record[answer]).strip()}, answer)
+    right = answer_among(places(len(options)), str(record[answer]).strip(), answer)
+    return multiple_choice(question, options, right, letters=True)
 
 
 def places(count):
     """{key: place} of options that have no labels: their letters, and their places from 0 on."""
-    return {**{letter: place for place, letter in enumerate(LETTERS[:count])}, **{str(i): i for i in range(count)}}
+    return {LETTERS[i]: i for i in range(count)} | {str(i): i for i in range(count)}
 
 
 def read_choices(record):
@@ -276,14 +265,14 @@ def read_choices(record):
     name = next((n for n in ("answerKey", "answer") if n in record), "label")
     keys = dict(zip(map(str, labels), range(len(options)), strict=True)) if labels else places(len(options))
     options = [checked(option, "choices") for option in options]
-    return question, options, answer_among(keys, {name: str(record[name]).strip()}, name)
+    return question, options, answer_among(keys, str(record[name]).strip(), name)
 
 
 def read_winogrande(record):
     """The options as what stands behind the sentence's blank with each of them in it."""
     before, after = text_of(record, "sentence").split("_")
     options = [text_of(record, name) + after for name in ("option1", "option2")]
-    right = answer_among({"1": 0, "2": 1}, {"answer": str(record["answer"])}, "answer")
+    right = answer_among({"1": 0, "2": 1}, str(record["answer"]), "answer")
     return example((before.rstrip(), options[right]), choices=options)
 
 
@@ -294,10 +283,9 @@ def read_winogrande(record):
 class Format:
     recognises: Callable  # record -> whether it is of this kind
     score: Score  # how a task of this kind is scored
-    read: Callable  # record -> Example, or several
+    read: Callable  # record -> Example, or what else a reader may give
     fields: str  # what a record holds, in words
     sample: dict  # a record, for the tests and `python -m tools.show --formats`
-    lettered: Callable | None = None  # the same with --choices letter, where options may be ranked by text or letter
 
 
 def has(*kinds):
@@ -351,23 +339,19 @@ FORMATS = {
                    "premise, choice1, choice2, question (cause, effect), label (0, 1)",
                    {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "cause",
                     "label": 0}),
-    "mmlu": Format(has(MMLU, MMLU_NUMBERED), choice, by_letter(read_mmlu),
+    "mmlu": Format(has(MMLU, MMLU_NUMBERED), choice, read_mmlu,
                    "CSV of question, four options, answer (0-3 or A-D), ranked by letter; with a header or without",
                    {"question": "2 + 2?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"}),
     "choices": Format(lambda r: "choices" in r or "answerKey" in r or "ctx" in r and "endings" in r, choice,
-                      by_text(read_choices), "question (question_stem, ctx), choices or endings (a list, or text and "
-                      "label), answer, answerKey or label (place or letter): ARC, OpenBookQA, HellaSwag",
-                      {"question": "What floats?", "choices": ["lead", "ice"], "answer": 1}, by_letter(read_choices)),
-    "piqa": Format(has("goal sol1 sol2 label"), choice, by_text(options_in("goal", "sol1 sol2", "label")),
-                   "goal, sol1, sol2, label (0, 1)",
-                   {"goal": "Cool a drink.", "sol1": "Add lead.", "sol2": "Add ice.", "label": 1},
-                   by_letter(options_in("goal", "sol1 sol2", "label"))),
-    "siqa": Format(has("context question answerA answerB answerC label"), choice,
-                   by_text(options_in("context question", "answerA answerB answerC", "label", 1)),
+                      read_choices, "question (question_stem, ctx), choices or endings (a list, or text and label), "
+                      "answer, answerKey or label (place or letter): ARC, OpenBookQA, HellaSwag",
+                      {"question": "What floats?", "choices": ["lead", "ice"], "answer": 1}),
+    "piqa": Format(has("goal sol1 sol2 label"), choice, read_piqa, "goal, sol1, sol2, label (0, 1)",
+                   {"goal": "Cool a drink.", "sol1": "Add lead.", "sol2": "Add ice.", "label": 1}),
+    "siqa": Format(has("context question answerA answerB answerC label"), choice, read_siqa,
                    "context, question, answerA, answerB, answerC, label (1 to 3)",
                    {"context": "It rains.", "question": "What does Ann take?", "answerA": "a lamp", "answerB": "ice",
-                    "answerC": "an umbrella", "label": "3"},
-                   by_letter(options_in("context question", "answerA answerB answerC", "label", 1))),
+                    "answerC": "an umbrella", "label": "3"}),
     "winogrande": Format(has("sentence option1 option2 answer"), choice, read_winogrande,
                          "sentence with a blank _, option1, option2, answer (1, 2)",
                          {"sentence": "Lead sank and ice floated because _ is light.", "option1": "lead",
