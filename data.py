@@ -1,10 +1,7 @@
 """From examples to tokens to batches, and from logits to scores.
 
-    file or generator -> Example(task, segments, choices) -> Encoded(ids, labels, prompt) -> Batch(ids, labels, ctx)
-    Batch -> model -> log-probabilities of the labels, or generated text -> {task: {figure: value}}
-
-Read in this order: examples, the tokenizer, encoding, batches, scoring. Examples come from files (`formats/`) or from
-the built-in suite (`base/suite.py`).
+    formats/ or base/suite.py -> Example(task, segments, choices) -> Encoded(ids, labels, prompt)
+    Encoded -> Batch(ids, labels, ctx) -> model -> log-probabilities of the labels, or text -> {task: {figure: value}}
 """
 
 import json
@@ -86,8 +83,7 @@ class Suite:
 
     def errors(self, scores):
         """The standard errors of means(scores): a task's percentage p of n examples has variance p (100 - p) / n."""
-        variance = lambda task, p: p * (100 - p) / len(self.tests[task])
-        return tuple(math.sqrt(sum(variance(*item) for item in g.items())) / max(1, len(g))
+        return tuple(math.sqrt(sum(p * (100 - p) / len(self.tests[task]) for task, p in g.items())) / max(1, len(g))
                      for g in self.groups(scores))
 
 
@@ -165,12 +161,11 @@ class Tokenizer:
             spell = lambda token: token["content"] if isinstance(token, dict) else token
             names = {key: spell(value) for key, value in settings.items()
                      if re.fullmatch("(bos|eos|pad|unk|sep|cls|mask)_token", key)}
-            bos, eos, pad = (names.get(f"{kind}_token") and fast.token_to_id(names[f"{kind}_token"])
-                             for kind in ("bos", "eos", "pad"))
-            for kind, found in (("bos", bos), ("eos", eos)):  # EOS serves as pad token, and nothing looks at padding
-                if names.get(f"{kind}_token") and found is None:
-                    raise UserError(f"{path}: {kind}_token {names[f'{kind}_token']!r:.80} is not in the vocabulary of "
-                                    "tokenizer.json")
+            kinds = ("bos_token", "eos_token", "pad_token")
+            bos, eos, pad = (names.get(kind) and fast.token_to_id(names[kind]) for kind in kinds)
+            for kind, found in zip(kinds, (bos, eos)):  # EOS serves as pad token, and nothing looks at padding
+                if names.get(kind) and found is None:
+                    raise UserError(f"{path}: {kind} {names[kind]!r:.80} is not in the vocabulary of tokenizer.json")
             stop = settings.get("eos_token_id", [])
             stop = set(stop if isinstance(stop, list) else [stop])
             if wrong := [i for i in stop if fast.id_to_token(i) is None]:
@@ -229,15 +224,11 @@ class Encoded:
 def encode(examples, tokenizer, names):
     """[Encoded] for examples that a template has been around, in order. names: all task names, whose order gives the
     task index."""
-    out = []
-    for e in examples:
-        task = names.index(e.task)
-        one = Encoded(*tokenizer.encode_segments(e.segments), task, gold=e.gold, source=e.source)
-        if e.choices:  # labelled on the choice alone, without the token that ends it
-            one.choices = [Encoded(*tokenizer.encode_segments(segments[:-1]), task, gold=text, source=e.source)
-                           for text, segments in e.choices.items()]
-        out.append(one)
-    return out
+    def encoded(e, segments, gold, choices=None):
+        return Encoded(*tokenizer.encode_segments(segments), names.index(e.task), choices, gold, e.source)
+
+    return [encoded(e, e.segments, e.gold, e.choices and [  # a choice without the token that ends it
+        encoded(e, segments[:-1], text) for text, segments in e.choices.items()]) for e in examples]
 
 
 def fit(encoded, longest):
@@ -289,11 +280,8 @@ SAVED = {"cpu": 64, "cuda": 1024}  # tokens of padding that are worth another pa
 
 
 def draw(examples, size, seed):
-    """Endless groups of `size` examples: epoch after epoch in a new order, similar lengths together.
-
-    Lengths are similar when they fall into one bucket, each 1.5 times as wide as the one before. Sorting by the exact
-    length would save a little more padding, but tasks differ in length, and a group should mix them.
-    """
+    """Endless groups of `size` examples: epoch after epoch in a new order, similar lengths together. Each bucket of
+    lengths is 1.5 times as wide as the one before: tasks differ in length, and a group should mix them."""
     rng, pool = random.Random(seed), []
     groups = max(1, min(32, max(len(examples), 100_000) // size))  # 32, unless that were many times the data
     while True:
@@ -317,10 +305,8 @@ def collate(group, pad):
 
 
 def micro_batches(group, size, device):
-    """A step's group cut into micro-batches, lists of at most `size` examples of similar lengths.
-
-    Shortest first; then each cut that saves more padding than a pass costs by itself (SAVED tokens) is made.
-    """
+    """A step's group cut into micro-batches, lists of at most `size` examples of similar lengths: shortest first, then
+    cut wherever that saves more padding than a pass costs by itself (SAVED tokens)."""
     group = sorted(group, key=lambda e: len(e.ids))
     left, parts = [group[i : i + size] for i in range(0, len(group), size)], []
     while left:

@@ -392,8 +392,7 @@ WRONG = {
          "more tokens than positions"),
     ),
     "data.py": (
-        ("variance = lambda task, p: p * (100 - p) / len(", "variance = lambda task, p: p * (100 - p) / 50 / len(",
-         "errors of other sizes"),
+        ("p * (100 - p) / len(", "p * (100 - p) / 50 / len(", "errors of other sizes"),
         ("sum(g.values()) / len(g) if g else None", "sum(g.values()) if g else None", "sums for means of groups"),
         ('and self.score[task].unit == "%"}', "}", "losses in the group means"),
         ("prompt = max(1, prompt)", "prompt = prompt", "a loss on the very first token"),
