@@ -37,14 +37,12 @@ class Segment:
 @dataclass
 class Example:
     """One record, in reading order: what was said (system, user, assistant, maybe several turns) or, once a template
-    has been around it, that and markup. Its prompt is all before the trained segments, which are its last answer.
-    choices: the answers to rank, as texts, then as {text: segments}. gold: the last answer, which choices and generated
-    texts are compared with."""
+    has been around it, that and markup. Its prompt is all before the trained segments, which are its last answer."""
 
     task: str
     segments: list[Segment]
-    choices: list | None = None
-    gold: str = ""
+    choices: list | dict | None = None  # the answers to rank, as texts, then as {text: segments}
+    gold: str = ""  # the last answer, which choices and generated texts are compared with
     source: str = ""  # file:line, or task and number of the built-in suite
 
 
@@ -324,15 +322,11 @@ def micro_batches(group, size, device):
 
 @dataclass(frozen=True)
 class Score:
-    """How a task is scored; results.json keeps the name.
-
-    function(model, encoded examples, tokenizer, batch size, longest generated answer) -> {figure: value}, the main one
-    first. unit: "%" of the examples, which has an interval and counts in the group means; or anything else.
-    """
+    """How a task is scored; results.json keeps the name."""
 
     name: str
-    unit: str
-    function: Callable
+    unit: str  # "%" of the examples, which has an interval and counts in the group means; or anything else
+    function: Callable  # (model, [Encoded], tokenizer, batch size, longest answer) -> {figure: value}, the main one first
     generates: bool = False  # whether the function lets the model write an answer
 
 

@@ -14,7 +14,6 @@ from data import Example, Segment, Suite, choice, exact
 from model import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SPLITS = ("train", "validation", "test")
 SIZES = {"pretrain": 20000, "train": 2000, "validation": 200, "test": 200}  # examples of each task
 
 
@@ -62,18 +61,14 @@ def facts(noun, subjects, values, seed):
     return make
 
 
-def split_of(key):
-    """The one split that an operand belongs to: a checksum sends 80 % to training, 10 % to each of the others."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 10, "train")
-
-
 def skill(draw):
-    """A task whose operands are drawn at random; draw(rng) gives (key, instruction, answer)."""
+    """A task whose operands are drawn at random; draw(rng) gives (key, instruction, answer). The key's checksum says
+    the one split it belongs to: 80 % go to training, 10 % to each of the others."""
 
     def make(rng, split):
         while True:
             key, instruction, answer = draw(rng)
-            if split_of(key) == split:
+            if {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 10, "train") == split:
                 return instruction, answer
 
     return make
@@ -182,11 +177,9 @@ def load(tasks="all", split="test", limit=0, common=False):
     trained = list(dict.fromkeys({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")])))
     if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
         raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}, or all")
-    scored = [t for t in TASKS if t in trained or t in GENERAL and not common]
-    suite = Suite(trained, [e for t in trained for e in generate(t, "train")],
-                  {t: generate(t, split)[: limit or None] for t in scored},
-                  {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
-                  dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])
-    everyday = load_common(split, limit) if common else {}
-    return suite.joined(Suite([], [], everyday, dict.fromkeys(everyday, "general"),
-                              {t: COMMON[t][0] for t in everyday}, dict.fromkeys(everyday, choice)))
+    tests = {t: generate(t, split)[: limit or None] for t in TASKS if t in trained or t in GENERAL and not common}
+    tests |= load_common(split, limit) if common else {}
+    return Suite(trained, [e for t in trained for e in generate(t, "train")], tests,
+                 {t: "new" if t in NEW else "general" for t in tests}, {t: (TASKS | COMMON)[t][0] for t in tests},
+                 {t: choice if t in COMMON else exact for t in tests},
+                 [e for t in trained for e in generate(t, "validation")])
