@@ -22,12 +22,11 @@ NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "
          "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 UNKNOWN, CONTROL, ADDED = 2, 3, 4  # types of a token; the first two are special
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 # What splits a text before byte pairs are merged, by the name that GGUF gives it.
 SPLITS = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
           "llama-bpe": [pre_tokenizers.Split(Regex(
               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+"), "isolated"), BYTES]}
+              r"|\s+(?!\S)|\s+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]}
 
 
 @contextmanager
@@ -97,8 +96,7 @@ def pairs(scores):
     order = {piece: i for i, piece in enumerate(scores)}
     found = [(piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece))
              if piece[:i] in scores and piece[i:] in scores]
-    found.sort(key=lambda pair: (order[pair[0]], order[pair[1]]))
-    return sorted(found, key=lambda pair: (scores["".join(pair)], len(pair[0]), len(pair[1])), reverse=True)
+    return sorted(found, key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1]), *map(order.get, pair)))
 
 
 def tokenizer_of(facts):
