@@ -43,19 +43,17 @@ def answer_among(words, label, name):
     return words[label]
 
 
-def example(*turns, system="", given="", earlier=(), choices=None):
-    """Example of (user, assistant) turns; user is None in plain text. given: what goes with the first one, Alpaca's
-    input. earlier: turns ahead of it."""
+def example(*turns, system="", given="", choices=None):
+    """Example of (user, assistant) turns; user is None in plain text. given: Alpaca's input, of the last question."""
     segments = [Segment(system, "system")] if system else []
-    for i, (user, assistant) in enumerate([*earlier, *turns]):
+    for i, (user, assistant) in enumerate(turns, 1):
         segments += [Segment(user, "user")] * (user is not None)
-        segments += [Segment(given, "input")] * bool(given and i == len(earlier))
+        segments += [Segment(given, "input")] * bool(given and i == len(turns))
         segments.append(Segment(assistant, "assistant", trained=True))
     return Example("", segments, choices, gold=segments[-1].text)
 
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
+ROLES = {"human": "user", "gpt": "assistant"}  # by the names of messages
 
 # Marks of an answer, or of a record, that is not to be trained on, as other programs write them.
 UNTRAINED = (("weight", 0), ("train", False), ("trainable", False), ("masked", True), ("loss_mask", 0))
@@ -70,19 +68,19 @@ def conversation(messages, name, system=""):
     """Example of a list of messages, the last of which is the assistant's."""
     if named := next((key for m in messages for key in ("tool_calls", "function_call") if m.get(key)), None):
         raise UserError(f"field {name!r} has {named}, which no template here writes")
-    said = [(text_of(m, "role", "from"), text_of(m, "content", "value")) for m in messages]
-    roles = [ROLES.get(role, role) for role, _ in said]
-    if roles[:1] == ["system"]:
-        if system not in ("", said[0][1]):
+    said = []
+    for m in messages:
+        role, text = text_of(m, "role", "from"), text_of(m, "content", "value")
+        role = ROLES.get(role, role)
+        said.append(Segment(text, role, trained=role == "assistant" and is_trained(m)))
+    if said and said[0].role == "system":
+        if system not in ("", said[0].text):
             raise UserError(f"field {name!r} begins with a system message, and there is a field 'system' as well")
-        system, roles, said, messages = said[0][1], roles[1:], said[1:], messages[1:]
+        system = said.pop(0).text
+    roles = [s.role for s in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(f"field {name!r} has the roles {roles!r:.80}, expected user and assistant in turn")
-    texts = [text for _, text in said]
-    found = example(*zip(texts[::2], texts[1::2]), system=system)
-    for segment, message in zip([s for s in found.segments if s.role != "system"], messages):
-        segment.trained = segment.trained and is_trained(message)
-    return found
+    return Example("", [Segment(system, "system")] * bool(system) + said, gold=said[-1].text)
 
 
 # ---------------------------------------------------------------------------------------------- instructions and talk
@@ -103,7 +101,7 @@ def question(prompts, answers, inputs=("input",)):
         given = maybe(record, *(name for name in inputs if name != next(n for n in prompts if n in record)))
         earlier = [(checked(asked, "history"), checked(answer, "history", empty=True))
                    for asked, answer in record.get("history") or ()]
-        return example(turn, system=maybe(record, *SYSTEM), given=given, earlier=earlier)
+        return example(*earlier, turn, system=maybe(record, *SYSTEM), given=given)
 
     return read
 

@@ -7,7 +7,6 @@ Quantised weights are read as the numbers that they stand for. FILE may also be 
 
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,17 +28,15 @@ SPLITS = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenize
               r"|\s+(?!\S)|\s+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]}
 
 
-@contextmanager
-def unpacked(file):
-    """Path of the .gguf itself, which a .whl or .zip may hold."""
+def unpacked(file, folder):
+    """Path of the .gguf itself, which is put into the folder where a .whl or .zip holds it."""
     if not zipfile.is_zipfile(file):
-        yield file
-        return
-    with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as folder:
+        return file
+    with zipfile.ZipFile(file) as archive:
         inside = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(inside) != 1:
             raise UserError(f"{file} holds {len(inside)} .gguf files, expected one")
-        yield Path(archive.extract(inside[0], folder))
+        return archive.extract(inside[0], folder)
 
 
 def read(gguf, file, dtype):
@@ -137,8 +134,8 @@ def main():
     import gguf
     if args.folder.exists():
         raise UserError(f"{args.folder} exists: choose another folder")
-    with unpacked(args.file) as file, reading(args.file):
-        facts, tensors = read(gguf, file, getattr(torch, args.dtype))
+    with tempfile.TemporaryDirectory() as folder, reading(args.file):
+        facts, tensors = read(gguf, unpacked(args.file, folder), getattr(torch, args.dtype))
         config = config_of(facts, tensors)
         with torch.device("meta"):
             model = Llama(config)
