@@ -99,23 +99,21 @@ class Tokenizer:
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
         self.stop_ids, self.names, self.size = stop_ids, names, fast.get_vocab_size()
         state = json.loads(fast.to_str())
-        special = [token for token in state["added_tokens"] if token["special"]]
+        added, special = state["added_tokens"], [token for token in state["added_tokens"] if token["special"]]
         spelled = lambda tokens: re.compile("|".join(re.escape(t["content"]) for t in sorted(
             tokens, key=lambda t: -len(t["content"]))) or "(?!)")
-        self.special, self.added = spelled(special), spelled(state["added_tokens"])
-        # A second tokenizer, in which the special tokens have private spellings and their old flags.
-        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        self.special, self.added = spelled(special), spelled(added)
+        # A second tokenizer, in which the special tokens have private spellings. It numbers all added ones anew.
+        state["added_tokens"] = private = [
+            {**t, "content": f"\ue002{t['id']}\ue003", "normalized": False} if t["special"] else t for t in added]
         # Where they are looked for in normalized text, a space that begins a text begins the whole of it alone.
         steps = (state["normalizer"] or {}).get("normalizers", [])
         self.spaced = any(step["type"] == "Prepend" for step in steps) and all(t["normalized"] for t in special)
         if self.spaced:
             state["normalizer"]["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
         self.private = FastTokenizer.from_str(json.dumps(state))
-        self.private.add_special_tokens([
-            AddedToken(f"\ue002{t['id']}\ue003", normalized=False, **{
-                flag: t[flag] for flag in ("single_word", "lstrip", "rstrip")}) for t in special])
-        self.ids = {self.private.token_to_id(f"\ue002{t['id']}\ue003"): t["id"] for t in special}
-        self.spelling = {t["content"]: f"\ue002{t['id']}\ue003" for t in special}
+        self.ids = {self.private.token_to_id(t["content"]): t["id"] for t in private}
+        self.spelling = {t["content"]: new["content"] for t, new in zip(added, private)}
         fast.encode_special_tokens = True
         # What goes in front of a text: BOS where the tokenizer puts it, and the space that such a text begins with.
         bos = names.get("bos_token", "")
