@@ -53,6 +53,7 @@ def example(*turns, system="", given="", choices=None):
     return Example("", segments, choices, gold=segments[-1].text)
 
 
+SYSTEM = ("system", "system_prompt")
 ROLES = {"human": "user", "gpt": "assistant"}  # by the names of messages
 
 # Marks of an answer, or of a record, that is not to be trained on, as other programs write them.
@@ -64,8 +65,9 @@ def is_trained(record):
     return not any(name in record and record[name] == value for name, value in UNTRAINED)
 
 
-def conversation(messages, name, system=""):
-    """Example of a list of messages, the last of which is the assistant's."""
+def conversation(messages, name, record):
+    """Example of a list of messages, the last of which is the assistant's, in this field of a record."""
+    system = maybe(record, *SYSTEM)
     if named := next((key for m in messages for key in ("tool_calls", "function_call") if m.get(key)), None):
         raise UserError(f"field {name!r} has {named}, which no template here writes")
     said = []
@@ -85,38 +87,29 @@ def conversation(messages, name, system=""):
 
 # ---------------------------------------------------------------------------------------------- instructions and talk
 
-SYSTEM = ("system", "system_prompt")
 PROMPTS, ANSWERS = ("prompt", "question", "query", "input"), ("completion", "response", "answer", "output")
 
 
-def messages(name):
-    """The reader of records with a conversation in this field."""
-    return lambda record: conversation(record[name], name, maybe(record, *SYSTEM))
-
-
-def question(prompts, answers, inputs=("input",)):
-    """The reader of records with one question and its answer, in the first of these fields that there are."""
-    def read(record):
-        turn = text_of(record, *prompts), text_of(record, *answers, empty=True)
-        given = maybe(record, *(name for name in inputs if name != next(n for n in prompts if n in record)))
-        earlier = [(checked(asked, "history"), checked(answer, "history", empty=True))
-                   for asked, answer in record.get("history") or ()]
-        return example(*earlier, turn, system=maybe(record, *SYSTEM), given=given)
-
-    return read
+def question(record, prompts, answers, inputs=("input",)):
+    """Example of a record with one question and its answer, in the first of these fields that there are."""
+    turn = text_of(record, *prompts), text_of(record, *answers, empty=True)
+    given = maybe(record, *(name for name in inputs if name != next(n for n in prompts if n in record)))
+    earlier = [(checked(asked, "history"), checked(answer, "history", empty=True))
+               for asked, answer in record.get("history") or ()]
+    return example(*earlier, turn, system=maybe(record, *SYSTEM), given=given)
 
 
 def read_dpo(record):
     """The chosen answer alone is learned. It is text, a message, or messages, which may hold the question too."""
     chosen, asked = record["chosen"], next((n for n in ("conversations", "instruction", *PROMPTS) if n in record), None)
     if isinstance(chosen, str) and asked and isinstance(record[asked], str):
-        return question([asked], ["chosen"])(record)
+        return question(record, [asked], ["chosen"])
     listed = lambda value, role: value if isinstance(value, list) else [
         {"role": role, "content": value} if isinstance(value, str) else value]
     chosen = listed(chosen, "assistant")
     if asked and len(chosen) == 1:
         chosen = listed(record[asked], "user") + chosen
-    return conversation(chosen, "chosen", maybe(record, *SYSTEM))
+    return conversation(chosen, "chosen", record)
 
 
 # ---------------------------------------------------------------------------------------------- generated answers
@@ -167,29 +160,24 @@ gsm8k = Score("gsm8k", "%", final_answers, generates=True)
 # ---------------------------------------------------------------------------------------------- multiple choice
 
 
-def ranked(prompt, words, labels=("label",)):
-    """The reader of records whose fields a prompt names in braces. The answer is words[label], of {label: answer};
-    labels: the names that the label may have."""
-    def read(record):
-        asked = re.sub(r"{(\w+)}", lambda field: text_of(record, field[1]), prompt)
-        name = next((n for n in labels if n in record), labels[0])
-        return example((asked + "\nAnswer:", answer_among(words, record[name], name)), choices=list(words.values()))
-
-    return read
-
-
 YES = {True: "yes", False: "no"}
-read_answer = ranked("{paragraph}\nQuestion: {question}\nIs '{answer}' a right answer?", YES)
-read_pronoun = ranked("{text}\nQuestion: Does '*{span2_text}*' refer to '{span1_text}'?", YES)
+
+
+def ranked(record, prompt, words, labels=("label",)):
+    """Example of a record whose fields a prompt names in braces. The answer is words[label], of {label: answer};
+    labels: the names that the label may have."""
+    asked = re.sub(r"{(\w+)}", lambda field: text_of(record, field[1]), prompt)
+    name = next((n for n in labels if n in record), labels[0])
+    return example((asked + "\nAnswer:", answer_among(words, record[name], name)), choices=list(words.values()))
 
 
 def read_multirc(record):
     """One Example for each answer, of a nested record or of one that holds one answer."""
     if "paragraph" in record:
-        return read_answer(record)
+        return ranked(record, "{paragraph}\nQuestion: {question}\nIs '{answer}' a right answer?", YES)
     passage = record["passage"]
-    return [read_answer({"paragraph": passage["text"], "question": question["question"], "answer": answer["text"],
-                         "label": answer["label"]})
+    return [read_multirc({"paragraph": passage["text"], "question": question["question"], "answer": answer["text"],
+                          "label": answer["label"]})
             for question in passage["questions"] for answer in question["answers"]]
 
 
@@ -201,7 +189,8 @@ def read_wsc(record):
     if not near:
         raise UserError(f"field 'span2_index' is {place!r:.80}, expected the place of {first!r:.80} among the words")
     words[near[0]] = f"*{words[near[0]]}*"
-    return read_pronoun({**target, "text": " ".join(words), "label": record["label"]})
+    return ranked({**target, "text": " ".join(words), "label": record["label"]},
+                  "{text}\nQuestion: Does '*{span2_text}*' refer to '{span1_text}'?", YES)
 
 
 def read_copa(record):
@@ -252,7 +241,7 @@ def read_choices(record):
     """The options as a list, as {text, label} of lists, or as a list of {text, label}; the answer as one of the labels,
     as a letter, or as a place from 0 on."""
     asked = record["question"] if isinstance(record.get("question"), dict) else record  # ARC's own files
-    question, options, labels = text_of(asked, "question", "question_stem", "stem", "ctx"), asked, None
+    question, labels = text_of(asked, "question", "question_stem", "stem", "ctx"), None
     options = asked["endings"] if "endings" in asked else asked["choices"]
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label")
@@ -293,18 +282,18 @@ def has(*kinds):
 
 # The first that recognises a third of a file's records is taken.
 FORMATS = {
-    "chat": Format(has("messages"), loss, messages("messages"),
+    "chat": Format(has("messages"), loss, lambda r: conversation(r["messages"], "messages", r),
                    "messages of role (user and assistant in turn, system first if at all) and content",
                    {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Good day."}]}),
     "dpo": Format(has("chosen rejected"), loss, read_dpo,
                   "prompt, chosen, rejected; the chosen answer is learned, text or messages",
                   {"prompt": "What floats?", "chosen": "Ice.", "rejected": "Lead."}),
-    "sharegpt": Format(has("conversations"), loss, messages("conversations"),
+    "sharegpt": Format(has("conversations"), loss, lambda r: conversation(r["conversations"], "conversations", r),
                        "conversations of from (human and gpt in turn, system first if at all) and value",
                        {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Good day."}]}),
     "boolq": Format(
         lambda r: "passage" in r and "question" in r and ("label" in r or type(r.get("answer")) is bool), choice,
-        ranked("{passage}\nQuestion: {question}?", YES, ("label", "answer")),
+        lambda r: ranked(r, "{passage}\nQuestion: {question}?", YES, ("label", "answer")),
         "passage, question, label or answer (true, false)",
         {"passage": "Ice is light.", "question": "does ice float", "label": True}),
     "multirc": Format(
@@ -314,19 +303,20 @@ FORMATS = {
             {"question": "What floats?", "answers": [{"text": "ice", "label": 1}, {"text": "lead", "label": 0}]}]}}),
     "cb": Format(
         lambda r: "hypothesis" in r and r.get("label") in ("contradiction", "neutral"), choice,
-        ranked("{premise}\nQuestion: {hypothesis} True, False or Neither?",
-               {"entailment": "True", "contradiction": "False", "neutral": "Neither"}),
+        lambda r: ranked(r, "{premise}\nQuestion: {hypothesis} True, False or Neither?",
+                         {"entailment": "True", "contradiction": "False", "neutral": "Neither"}),
         "premise, hypothesis, label (entailment, contradiction, neutral)",
         {"premise": "It rains.", "hypothesis": "It is late.", "label": "neutral"}),
     "rte": Format(
         has("premise hypothesis label"), choice,
-        ranked("{premise}\nQuestion: {hypothesis} True or False?", {"entailment": "True", "not_entailment": "False"}),
+        lambda r: ranked(r, "{premise}\nQuestion: {hypothesis} True or False?",
+                         {"entailment": "True", "not_entailment": "False"}),
         "premise, hypothesis, label (entailment, not_entailment)",
         {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"}),
     "wic": Format(
         has("word sentence1 sentence2 label"), choice,
-        ranked("{sentence1}\n{sentence2}\nQuestion: Is the word '{word}' used in the same sense in both sentences?",
-               YES),
+        lambda r: ranked(r, "{sentence1}\n{sentence2}\nQuestion: Is the word '{word}' used in the same sense in both "
+                         "sentences?", YES),
         "word, sentence1, sentence2, label (true, false)",
         {"word": "bank", "sentence1": "A river bank.", "sentence2": "A bank of fog.", "label": False}),
     "wsc": Format(has("text target label"), choice, read_wsc,
@@ -356,14 +346,15 @@ FORMATS = {
                           "option2": "ice", "answer": "2"}),
     "alpaca": Format(
         has("instruction output", "instruction response"), loss,
-        question(["instruction"], ["output", "response"], ["input", "context"]),
+        lambda r: question(r, ["instruction"], ["output", "response"], ["input", "context"]),
         "instruction, output or response, maybe input or context, system, history",
         {"instruction": "Translate into German.", "input": "ice", "output": "Eis"}),
     "gsm8k": Format(lambda r: "question" in r and "####" in str(r.get("answer")), gsm8k, read_gsm8k,
                     "question, and an answer that ends in #### number",
                     {"question": "What are two and three?", "answer": "2 + 3 = 5\n#### 5"}),
     "pair": Format(
-        has(*(f"{asked} {answer}" for asked in PROMPTS for answer in ANSWERS)), exact, question(PROMPTS, ANSWERS),
+        has(*(f"{asked} {answer}" for asked in PROMPTS for answer in ANSWERS)), exact,
+        lambda r: question(r, PROMPTS, ANSWERS),
         f"one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}; maybe system, history",
         {"prompt": "What floats?", "completion": "Ice."}),
     "text": Format(has("text"), loss, lambda r: example((None, text_of(r, "text"))), "text",

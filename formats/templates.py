@@ -54,7 +54,6 @@ TEMPLATES = {
         "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
         "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}",
 }
-MARK = re.compile("\ue000(\\d+)\ue001")
 BARE = ("plain", "short", "alpaca")  # without BOS: the tokenizer's goes in front
 
 
@@ -151,7 +150,8 @@ class Template:
         """The segments of a rendered text: markup, and what was said, maybe stripped. None where marks in the place of
         what was said show that the template does more than that."""
         marked = [replace(s, text=f"\ue000{i}\ue001") for i, s in enumerate(said)]
-        first, *parts = MARK.split(self.render(messages_of(marked), ask=waits))  # markup, number of a text, markup, ...
+        shown = self.render(messages_of(marked), ask=waits)
+        first, *parts = re.split("\ue000(\\d+)\ue001", shown)  # markup, number of a text, markup, ...
         pieces, at = [Segment(first)], len(first)
         for number, markup in zip(parts[::2], parts[1::2]):
             piece = replace(said[int(number)], trained=False)
