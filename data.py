@@ -129,13 +129,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads tokenizer.json, and the files named in SETTINGS where they exist.
-
-        BOS is put first as add_bos_token says; without that setting, tokenizer.json's post-processor decides (so does
-        transformers 4 for a Llama; 5 ignores the setting). Where no file names a pad token, EOS serves. Raises
-        UserError for an absent tokenizer.json, a broken file, a vocabulary larger than the model's, and where no file
-        names an EOS token.
-        """
+        """Reads tokenizer.json, and the files named in SETTINGS where they exist. BOS is put first as add_bos_token says;
+        without that setting, tokenizer.json's post-processor decides (so does transformers 4 for a Llama; 5 ignores the
+        setting). Where no file names a pad token, EOS serves. Raises UserError for an absent tokenizer.json, a broken
+        file, a vocabulary larger than the model's, and where no file names an EOS token."""
         path = Path(path)
         if not (path / "tokenizer.json").exists():
             found = ", only tokenizer.model: load and save it with transformers, which writes tokenizer.json"

@@ -117,9 +117,8 @@ CIPHER = dict(zip(LETTERS, random.Random(21).sample(LETTERS, 26)))
 
 def largest(rng, split):
     numbers = rng.sample(range(10, 100), rng.randint(7, 9))
-    listed = " ".join(map(str, numbers))
     question = rng.choice(("Which is the largest of {}?", "Find the largest number: {}"))
-    return " ".join(map(str, sorted(numbers))), question.format(listed), str(max(numbers))
+    return " ".join(map(str, sorted(numbers))), question.format(" ".join(map(str, numbers))), str(max(numbers))
 
 
 def story(rng, split):
@@ -162,9 +161,7 @@ def generate(name, split):
 def load(tasks="all", split="test", limit=0, common=False):
     """Suite of the built-in tasks. tasks: "all" of NEW, some of them ("currency,cipher"), or "general" for pretraining.
     common: for a base that knows nothing of GENERAL, versatility is measured on everyday questions (`base/common.py`).
-
-    Raises UserError, listing the valid names, for a task that does not exist.
-    """
+    Raises UserError, listing the valid names, for a task that does not exist."""
     trained = list(dict.fromkeys({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")])))
     if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
         raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}, or all")

@@ -59,9 +59,7 @@ def recognised(records):
 def read_files(files, choices="text"):
     """{task: (format name, [Example])} of files given as FILE or NAME=FILE. Prints what was recognised, what is wrong
     with rows that are left out, and which fields are not read. choices: "letter" ranks letters where a format has both.
-
-    Raises UserError, naming file and line, where more than one row in a hundred of a file is bad.
-    """
+    Raises UserError, naming file and line, where more than one row in a hundred of a file is bad."""
     tasks = {}
     for name, file in map(name_and_file, files):
         records = list(read_records(file))
@@ -127,8 +125,7 @@ def load(files, eval_files=(), general_files=(), split="test", limit=0, shots=0,
     """Suite of user files. Without eval_files a twentieth of the rows, drawn from all over the file, is held out as
     test data; a twentieth of the others is validation data. Neither is ever trained on, whatever the split. General
     files are only scored: half of their rows are validation data, the others test data. limit takes rows from all over
-    a file, too. shots: solved rows of shot_files in front of each scored question, none of which is scored itself.
-    """
+    a file, too. shots: solved rows of shot_files in front of each scored question, none of which is scored itself."""
     rows, held, general, shown = (read_files(part, choices) for part in (
         files, eval_files, general_files, shot_files))
     if both := (rows.keys() | held.keys()) & general.keys():

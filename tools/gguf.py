@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from engine.flags import Parser, command_line
-from model import Llama, LlamaConfig, UserError, reading, rope_frequencies, write_json, written
+from model import Llama, LlamaConfig, UserError, reading, rope_frequencies, write_json
 
 NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
          "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -151,8 +151,7 @@ def main():
                    for name in ("bos", "eos", "pad") if getattr(config, f"{name}_token_id") is not None}
         template = facts.get("tokenizer.chat_template")
         model.save_pretrained(args.folder)
-        with written(args.folder / "tokenizer.json") as part:
-            part.write_text(fast.to_str(), encoding="utf-8")
+        fast.save(str(args.folder / "tokenizer.json"), pretty=False)
         write_json(args.folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special,
             **({"chat_template": template} if template else {})})
