@@ -70,8 +70,7 @@ class Suite:
         return list(dict.fromkeys([*self.tests, *self.trained]))
 
     def groups(self, scores):
-        """{task: main figure} of the new tasks that are scored in percent, and of the general ones, from {task:
-        {figure: value}}."""
+        """{task: main figure} of the new and of the general tasks that are in percent, from {task: {figure: value}}."""
         return [{task: main_figure(scores[task]) for task in scores
                  if self.group[task] == group and self.score[task].unit == "%"} for group in ("new", "general")]
 
@@ -129,10 +128,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads tokenizer.json, and the files named in SETTINGS where they exist. BOS is put first as add_bos_token says;
-        without that setting, tokenizer.json's post-processor decides (so does transformers 4 for a Llama; 5 ignores the
-        setting). Where no file names a pad token, EOS serves. Raises UserError for an absent tokenizer.json, a broken
-        file, a vocabulary larger than the model's, and where no file names an EOS token."""
+        """Reads tokenizer.json, and those of SETTINGS that exist. BOS is put first as add_bos_token says; without it,
+        tokenizer.json's post-processor decides (so does transformers 4 for a Llama; 5 ignores the setting). Where no
+        file names a pad token, EOS serves. Raises UserError for an absent tokenizer.json, a broken file, a vocabulary
+        larger than the model's, and where no file names an EOS token."""
         path = Path(path)
         if not (path / "tokenizer.json").exists():
             found = ", only tokenizer.model: load and save it with transformers, which writes tokenizer.json"
@@ -215,8 +214,7 @@ class Encoded:
 
 
 def encode(examples, tokenizer, names):
-    """[Encoded] for examples that a template has been around, in order. names: all task names, whose order gives the
-    task index."""
+    """[Encoded] of examples with a template around them. names: of all tasks, in the order of their indices."""
     def encoded(e, segments, gold, choices=None):
         return Encoded(*tokenizer.encode_segments(segments), names.index(e.task), choices, gold, e.source)
 
@@ -269,9 +267,6 @@ class Batch:
         return Batch(self.ids.to(device), self.labels.to(device), ctx)
 
 
-SAVED = {"cpu": 64, "cuda": 1024}  # tokens of padding that are worth another pass; our choice
-
-
 def draw(examples, size, seed):
     """Endless groups of `size` examples: epoch after epoch in a new order, similar lengths together. Each bucket of
     lengths is 1.5 times as wide as the one before: tasks differ in length, and a group should mix them."""
@@ -293,19 +288,19 @@ def collate(group, pad):
     ids = torch.tensor([e.ids + [pad] * (T - len(e.ids)) for e in group])
     labels = torch.tensor([e.labels + [-100] * (T - len(e.ids)) for e in group])
     prompt_mask = torch.arange(T) < torch.tensor([e.prompt for e in group])[:, None]
-    tasks = torch.tensor([e.task for e in group])
-    return Batch(ids, labels, Context(prompt_mask, tasks, labelled_positions(labels)))
+    return Batch(ids, labels, Context(prompt_mask, torch.tensor([e.task for e in group]), labelled_positions(labels)))
 
 
 def micro_batches(group, size, device):
     """A step's group cut into micro-batches, lists of at most `size` examples of similar lengths: shortest first, then
-    cut wherever that saves more padding than a pass costs by itself (SAVED tokens)."""
+    cut wherever that saves more padding than a pass costs by itself."""
+    cost = 64 if device.type == "cpu" else 1024  # in tokens of padding; our choice
     group = sorted(group, key=lambda e: len(e.ids))
     left, parts = [group[i : i + size] for i in range(0, len(group), size)], []
     while left:
         part = left.pop()
         saved = [i * (len(part[-1].ids) - len(part[i - 1].ids)) for i in range(1, len(part))]
-        if max(saved, default=0) > SAVED.get(device.type, SAVED["cuda"]):
+        if max(saved, default=0) > cost:
             cut = 1 + saved.index(max(saved))
             left += part[:cut], part[cut:]
         else:
@@ -321,7 +316,7 @@ class Score:
 
     name: str
     unit: str  # "%" of the examples, which has an interval and counts in the group means; or anything else
-    function: Callable  # (model, [Encoded], tokenizer, batch size, longest answer) -> {figure: value}, the main one first
+    function: Callable  # (model, [Encoded], tokenizer, batch size, longest answer) -> {figure: value}, the main first
     generates: bool = False  # whether the function lets the model write an answer
 
 

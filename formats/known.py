@@ -308,9 +308,8 @@ FORMATS = {
         "premise, hypothesis, label (entailment, contradiction, neutral)",
         {"premise": "It rains.", "hypothesis": "It is late.", "label": "neutral"}),
     "rte": Format(
-        has("premise hypothesis label"), choice,
-        lambda r: ranked(r, "{premise}\nQuestion: {hypothesis} True or False?",
-                         {"entailment": "True", "not_entailment": "False"}),
+        has("premise hypothesis label"), choice, lambda r: ranked(
+            r, "{premise}\nQuestion: {hypothesis} True or False?", {"entailment": "True", "not_entailment": "False"}),
         "premise, hypothesis, label (entailment, not_entailment)",
         {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"}),
     "wic": Format(

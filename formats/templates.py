@@ -174,8 +174,7 @@ def dress(suite, template, mix="proportional"):
         tasks = {name: [one for one in train if one.task == name] for name in suite.trained}
         most = max(map(len, tasks.values()))
         train = [every[i % len(every)] for every in tasks.values() if every for i in range(most)]
-    return replace(suite, train=train,
-                   validation=[template.apply(example) for example in suite.validation],
+    return replace(suite, train=train, validation=[template.apply(example) for example in suite.validation],
                    tests={task: [template.apply(example) for example in suite.tests[task]] for task in suite.tests})
 
 
