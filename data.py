@@ -228,13 +228,12 @@ def fit(encoded, longest):
     long = 0
     for e in encoded:
         over = max(len(one.ids) for one in (e, *(e.choices or ()))) - longest
-        if over <= 0:
-            continue
-        long, front = long + 1, min(over, max(0, e.prompt - longest // 2))
-        for one in (e, *(e.choices or ())):
-            one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
-            e.cut |= len(one.ids) > longest
-            one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
+        if over > 0:
+            long, front = long + 1, min(over, max(0, e.prompt - longest // 2))
+            for one in (e, *(e.choices or ())):
+                one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
+                e.cut |= len(one.ids) > longest
+                one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
     return long
 
 

@@ -54,15 +54,13 @@ def example(*turns, system="", given="", choices=None):
 
 
 SYSTEM = ("system", "system_prompt")
-ROLES = {"human": "user", "gpt": "assistant"}  # by the names of messages
-
-# Marks of an answer, or of a record, that is not to be trained on, as other programs write them.
-UNTRAINED = (("weight", 0), ("train", False), ("trainable", False), ("masked", True), ("loss_mask", 0))
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def is_trained(record):
-    """Whether a record or a message has none of the marks above."""
-    return not any(name in record and record[name] == value for name, value in UNTRAINED)
+    """Whether a record or a message is to be trained on: other programs mark those that are not."""
+    marks = (("weight", 0), ("train", False), ("trainable", False), ("masked", True), ("loss_mask", 0))
+    return not any(name in record and record[name] == value for name, value in marks)
 
 
 def conversation(messages, name, record):
