@@ -1,10 +1,7 @@
 """From examples to tokens to batches, and from logits to scores.
 
-    file or generator -> Example(task, segments, choices) -> Encoded(ids, labels, prompt) -> Batch(ids, labels, ctx)
-    Batch -> model -> log-probabilities of the labels, or generated text -> {task: {figure: value}}
-
-Read in this order: examples, the tokenizer, encoding, batches, scoring. Examples come from files (`formats/`) or from
-the built-in suite (`base/suite.py`).
+    formats/ or base/suite.py -> Example(task, segments, choices) -> Encoded(ids, labels, prompt)
+    Encoded -> Batch(ids, labels, ctx) -> model -> log-probabilities of the labels, or text -> {task: {figure: value}}
 """
 
 import json
@@ -40,14 +37,12 @@ class Segment:
 @dataclass
 class Example:
     """One record, in reading order: what was said (system, user, assistant, maybe several turns) or, once a template
-    has been around it, that and markup. Its prompt is all before the trained segments, which are its last answer.
-    choices: the answers to rank, as texts, then as {text: segments}. gold: the last answer, which choices and generated
-    texts are compared with."""
+    has been around it, that and markup. Its prompt is all before the trained segments, which are its last answer."""
 
     task: str
     segments: list[Segment]
-    choices: list | None = None
-    gold: str = ""
+    choices: list | dict | None = None  # the answers to rank, as texts, then as {text: segments}
+    gold: str = ""  # the last answer, which choices and generated texts are compared with
     source: str = ""  # file:line, or task and number of the built-in suite
 
 
@@ -75,8 +70,7 @@ class Suite:
         return list(dict.fromkeys([*self.tests, *self.trained]))
 
     def groups(self, scores):
-        """{task: main figure} of the new tasks that are scored in percent, and of the general ones, from {task:
-        {figure: value}}."""
+        """{task: main figure} of the new and of the general tasks that are in percent, from {task: {figure: value}}."""
         return [{task: main_figure(scores[task]) for task in scores
                  if self.group[task] == group and self.score[task].unit == "%"} for group in ("new", "general")]
 
@@ -86,8 +80,7 @@ class Suite:
 
     def errors(self, scores):
         """The standard errors of means(scores): a task's percentage p of n examples has variance p (100 - p) / n."""
-        variance = lambda task, p: p * (100 - p) / len(self.tests[task])
-        return tuple(math.sqrt(sum(variance(*item) for item in g.items())) / max(1, len(g))
+        return tuple(math.sqrt(sum(p * (100 - p) / len(self.tests[task]) for task, p in g.items())) / max(1, len(g))
                      for g in self.groups(scores))
 
 
@@ -105,23 +98,21 @@ class Tokenizer:
         self.fast, self.bos_id, self.eos_id, self.pad_id = fast, bos_id, eos_id, pad_id
         self.stop_ids, self.names, self.size = stop_ids, names, fast.get_vocab_size()
         state = json.loads(fast.to_str())
-        special = [token for token in state["added_tokens"] if token["special"]]
+        added, special = state["added_tokens"], [token for token in state["added_tokens"] if token["special"]]
         spelled = lambda tokens: re.compile("|".join(re.escape(t["content"]) for t in sorted(
             tokens, key=lambda t: -len(t["content"]))) or "(?!)")
-        self.special, self.added = spelled(special), spelled(state["added_tokens"])
-        # A second tokenizer, in which the special tokens have private spellings and their old flags.
-        state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+        self.special, self.added = spelled(special), spelled(added)
+        # A second tokenizer, in which the special tokens have private spellings. It numbers all added ones anew.
+        state["added_tokens"] = private = [
+            {**t, "content": f"\ue002{t['id']}\ue003", "normalized": False} if t["special"] else t for t in added]
         # Where they are looked for in normalized text, a space that begins a text begins the whole of it alone.
         steps = (state["normalizer"] or {}).get("normalizers", [])
         self.spaced = any(step["type"] == "Prepend" for step in steps) and all(t["normalized"] for t in special)
         if self.spaced:
             state["normalizer"]["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
         self.private = FastTokenizer.from_str(json.dumps(state))
-        self.private.add_special_tokens([
-            AddedToken(f"\ue002{t['id']}\ue003", normalized=False, **{
-                flag: t[flag] for flag in ("single_word", "lstrip", "rstrip")}) for t in special])
-        self.ids = {self.private.token_to_id(f"\ue002{t['id']}\ue003"): t["id"] for t in special}
-        self.spelling = {t["content"]: f"\ue002{t['id']}\ue003" for t in special}
+        self.ids = {self.private.token_to_id(t["content"]): t["id"] for t in private}
+        self.spelling = {t["content"]: new["content"] for t, new in zip(added, private)}
         fast.encode_special_tokens = True
         # What goes in front of a text: BOS where the tokenizer puts it, and the space that such a text begins with.
         bos = names.get("bos_token", "")
@@ -137,9 +128,9 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Reads tokenizer.json, and the files named in SETTINGS where they exist.
+        """Reads tokenizer.json, and those of SETTINGS that exist.
 
-        BOS is put first as add_bos_token says; without that setting, tokenizer.json's post-processor decides (so does
+        BOS is put first as add_bos_token says; without it, tokenizer.json's post-processor decides (so does
         transformers 4 for a Llama; 5 ignores the setting). Where no file names a pad token, EOS serves. Raises
         UserError for an absent tokenizer.json, a broken file, a vocabulary larger than the model's, and where no file
         names an EOS token.
@@ -165,12 +156,11 @@ class Tokenizer:
             spell = lambda token: token["content"] if isinstance(token, dict) else token
             names = {key: spell(value) for key, value in settings.items()
                      if re.fullmatch("(bos|eos|pad|unk|sep|cls|mask)_token", key)}
-            bos, eos, pad = (names.get(f"{kind}_token") and fast.token_to_id(names[f"{kind}_token"])
-                             for kind in ("bos", "eos", "pad"))
-            for kind, found in (("bos", bos), ("eos", eos)):  # EOS serves as pad token, and nothing looks at padding
-                if names.get(f"{kind}_token") and found is None:
-                    raise UserError(f"{path}: {kind}_token {names[f'{kind}_token']!r:.80} is not in the vocabulary of "
-                                    "tokenizer.json")
+            kinds = ("bos_token", "eos_token", "pad_token")
+            bos, eos, pad = (names.get(kind) and fast.token_to_id(names[kind]) for kind in kinds)
+            for kind, found in zip(kinds, (bos, eos)):  # EOS serves as pad token, and nothing looks at padding
+                if names.get(kind) and found is None:
+                    raise UserError(f"{path}: {kind} {names[kind]!r:.80} is not in the vocabulary of tokenizer.json")
             stop = settings.get("eos_token_id", [])
             stop = set(stop if isinstance(stop, list) else [stop])
             if wrong := [i for i in stop if fast.id_to_token(i) is None]:
@@ -227,17 +217,12 @@ class Encoded:
 
 
 def encode(examples, tokenizer, names):
-    """[Encoded] for examples that a template has been around, in order. names: all task names, whose order gives the
-    task index."""
-    out = []
-    for e in examples:
-        task = names.index(e.task)
-        one = Encoded(*tokenizer.encode_segments(e.segments), task, gold=e.gold, source=e.source)
-        if e.choices:  # labelled on the choice alone, without the token that ends it
-            one.choices = [Encoded(*tokenizer.encode_segments(segments[:-1]), task, gold=text, source=e.source)
-                           for text, segments in e.choices.items()]
-        out.append(one)
-    return out
+    """[Encoded] of examples with a template around them. names: of all tasks, in the order of their indices."""
+    def encoded(e, segments, gold, choices=None):
+        return Encoded(*tokenizer.encode_segments(segments), names.index(e.task), choices, gold, e.source)
+
+    return [encoded(e, e.segments, e.gold, e.choices and [  # a choice without the token that ends it
+        encoded(e, segments[:-1], text) for text, segments in e.choices.items()]) for e in examples]
 
 
 def fit(encoded, longest):
@@ -246,13 +231,12 @@ def fit(encoded, longest):
     long = 0
     for e in encoded:
         over = max(len(one.ids) for one in (e, *(e.choices or ()))) - longest
-        if over <= 0:
-            continue
-        long, front = long + 1, min(over, max(0, e.prompt - longest // 2))
-        for one in (e, *(e.choices or ())):
-            one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
-            e.cut |= len(one.ids) > longest
-            one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
+        if over > 0:
+            long, front = long + 1, min(over, max(0, e.prompt - longest // 2))
+            for one in (e, *(e.choices or ())):
+                one.ids, one.labels = one.ids[:1] + one.ids[1 + front :], one.labels[:1] + one.labels[1 + front :]
+                e.cut |= len(one.ids) > longest
+                one.ids, one.labels, one.prompt = one.ids[:longest], one.labels[:longest], one.prompt - front
     return long
 
 
@@ -285,15 +269,9 @@ class Batch:
         return Batch(self.ids.to(device), self.labels.to(device), ctx)
 
 
-SAVED = {"cpu": 64, "cuda": 1024}  # tokens of padding that are worth another pass; our choice
-
-
 def draw(examples, size, seed):
-    """Endless groups of `size` examples: epoch after epoch in a new order, similar lengths together.
-
-    Lengths are similar when they fall into one bucket, each 1.5 times as wide as the one before. Sorting by the exact
-    length would save a little more padding, but tasks differ in length, and a group should mix them.
-    """
+    """Endless groups of `size` examples: epoch after epoch in a new order, similar lengths together. Each bucket of
+    lengths is 1.5 times as wide as the one before: tasks differ in length, and a group should mix them."""
     rng, pool = random.Random(seed), []
     groups = max(1, min(32, max(len(examples), 100_000) // size))  # 32, unless that were many times the data
     while True:
@@ -312,21 +290,19 @@ def collate(group, pad):
     ids = torch.tensor([e.ids + [pad] * (T - len(e.ids)) for e in group])
     labels = torch.tensor([e.labels + [-100] * (T - len(e.ids)) for e in group])
     prompt_mask = torch.arange(T) < torch.tensor([e.prompt for e in group])[:, None]
-    tasks = torch.tensor([e.task for e in group])
-    return Batch(ids, labels, Context(prompt_mask, tasks, labelled_positions(labels)))
+    return Batch(ids, labels, Context(prompt_mask, torch.tensor([e.task for e in group]), labelled_positions(labels)))
 
 
 def micro_batches(group, size, device):
-    """A step's group cut into micro-batches, lists of at most `size` examples of similar lengths.
-
-    Shortest first; then each cut that saves more padding than a pass costs by itself (SAVED tokens) is made.
-    """
+    """A step's group cut into micro-batches, lists of at most `size` examples of similar lengths: shortest first, then
+    cut wherever that saves more padding than a pass costs by itself."""
+    cost = 64 if device.type == "cpu" else 1024  # in tokens of padding; our choice
     group = sorted(group, key=lambda e: len(e.ids))
     left, parts = [group[i : i + size] for i in range(0, len(group), size)], []
     while left:
         part = left.pop()
         saved = [i * (len(part[-1].ids) - len(part[i - 1].ids)) for i in range(1, len(part))]
-        if max(saved, default=0) > SAVED.get(device.type, SAVED["cuda"]):
+        if max(saved, default=0) > cost:
             cut = 1 + saved.index(max(saved))
             left += part[:cut], part[cut:]
         else:
@@ -338,15 +314,11 @@ def micro_batches(group, size, device):
 
 @dataclass(frozen=True)
 class Score:
-    """How a task is scored; results.json keeps the name.
-
-    function(model, encoded examples, tokenizer, batch size, longest generated answer) -> {figure: value}, the main one
-    first. unit: "%" of the examples, which has an interval and counts in the group means; or anything else.
-    """
+    """How a task is scored; results.json keeps the name."""
 
     name: str
-    unit: str
-    function: Callable
+    unit: str  # "%" of the examples, which has an interval and counts in the group means; or anything else
+    function: Callable  # (model, [Encoded], tokenizer, batch size, longest answer) -> {figure: value}, the main first
     generates: bool = False  # whether the function lets the model write an answer
 
 

@@ -8,12 +8,11 @@ city of the country, a number nearby, another form of the word.
 import random
 from dataclasses import replace
 
-from formats.known import FORMATS
+from formats.known import multiple_choice
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-CAPITALS = """
-    Australia Canberra Sydney Melbourne Perth, Austria Vienna Salzburg Graz Linz,
+CAPITALS = """Australia Canberra Sydney Melbourne Perth, Austria Vienna Salzburg Graz Linz,
     Canada Ottawa Toronto Montreal Vancouver, China Beijing Shanghai Wuhan Shenzhen,
     Denmark Copenhagen Aarhus Odense Aalborg, Egypt Cairo Alexandria Luxor Giza, France Paris Lyon Marseille Nice,
     Germany Berlin Munich Hamburg Cologne, Iran Tehran Isfahan Shiraz Tabriz, Iraq Baghdad Basra Mosul Erbil,
@@ -23,15 +22,14 @@ CAPITALS = """
     Russia Moscow Kazan Omsk Samara, Scotland Edinburgh Glasgow Aberdeen Dundee,
     Spain Madrid Barcelona Seville Valencia, Sweden Stockholm Gothenburg Malmo Uppsala,
     Turkey Ankara Istanbul Izmir Bursa"""
-OPPOSITES = """
-    hot cold warm boiling spicy, big small huge large tall, fast slow quick rapid speedy, wet dry damp moist soaked,
-    rich poor wealthy golden famous, full empty filled whole stuffed, happy sad glad cheerful merry,
-    early late soon first ready, loud quiet noisy booming deafening, strong weak mighty tough powerful,
-    clean dirty tidy pure fresh, begin end start launch enter, buy sell pay own spend, love hate like adore enjoy,
-    win lose beat gain succeed, push pull press shove move, brave cowardly bold daring heroic,
-    deep shallow profound hollow bottomless, thick thin dense heavy solid, true false real honest correct,
-    wide narrow broad vast roomy, near far close next beside, remember forget recall know remind,
-    same different equal alike identical, ancient modern old aged antique"""
+OPPOSITES = """hot cold warm boiling spicy, big small huge large tall, fast slow quick rapid speedy,
+    wet dry damp moist soaked, rich poor wealthy golden famous, full empty filled whole stuffed,
+    happy sad glad cheerful merry, early late soon first ready, loud quiet noisy booming deafening,
+    strong weak mighty tough powerful, clean dirty tidy pure fresh, begin end start launch enter,
+    buy sell pay own spend, love hate like adore enjoy, win lose beat gain succeed, push pull press shove move,
+    brave cowardly bold daring heroic, deep shallow profound hollow bottomless, thick thin dense heavy solid,
+    true false real honest correct, wide narrow broad vast roomy, near far close next beside,
+    remember forget recall know remind, same different equal alike identical, ancient modern old aged antique"""
 YOUNG = """dog:puppy cat:kitten cow:calf horse:foal sheep:lamb goat:kid pig:piglet duck:duckling goose:gosling
     swan:cygnet frog:tadpole bear:cub kangaroo:joey butterfly:caterpillar"""
 TRADES = """bakes_bread:baker grows_crops:farmer flies_planes:pilot teaches_children:teacher cuts_hair:barber
@@ -113,7 +111,7 @@ def load(split="test", limit=0):
         for key, right, wrong in source(rng):
             four = [answer.format(key, word) for word in (right, *rng.sample(sorted(wrong), 3))]
             choices = rng.sample(four, 4)
-            record = {"question": question.format(key), "choices": choices, "answer": choices.index(four[0])}
-            found.append(replace(FORMATS["choices"].read(record), task=name, source=f"{name} {len(found)}"))
+            one = multiple_choice(question.format(key), choices, choices.index(four[0]), letters=False)
+            found.append(replace(one, task=name, source=f"{name} {len(found)}"))
         tests[name] = rng.sample(found, len(found))[split == "test" :: 2][: limit or None]
     return tests

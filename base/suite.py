@@ -14,7 +14,6 @@ from data import Example, Segment, Suite, choice, exact
 from model import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SPLITS = ("train", "validation", "test")
 SIZES = {"pretrain": 20000, "train": 2000, "validation": 200, "test": 200}  # examples of each task
 
 
@@ -40,6 +39,8 @@ PLACES = ("forest desert river ocean cave swamp meadow mountain island valley ca
 THINGS = "lamp key drum coin rope book ring map bell cup knife box flute mask horn seed".split()
 
 
+# A task is a function (rng, split) -> (key, instruction, answer). A key is used in one split alone; facts have none.
+
 # A fact is asked for with an opening and a question. Every fact task uses the same ones, so a model can learn what they
 # have in common; validation and test use combinations that training leaves out.
 OPENINGS = ("", "Please answer. ", "A question: ", "Hello! ", "I want to know this. ")
@@ -57,24 +58,7 @@ def facts(noun, subjects, values, seed):
 
     def make(rng, split):
         i = rng.randrange(len(subjects))
-        return rng.choice(WORDINGS[split]).format(noun=noun, subject=subjects[i]), values[i]
-
-    return make
-
-
-def split_of(key):
-    """The one split that an operand belongs to: a checksum sends 80 % to training, 10 % to each of the others."""
-    return {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 10, "train")
-
-
-def skill(draw):
-    """A task whose operands are drawn at random; draw(rng) gives (key, instruction, answer)."""
-
-    def make(rng, split):
-        while True:
-            key, instruction, answer = draw(rng)
-            if split_of(key) == split:
-                return instruction, answer
+        return None, rng.choice(WORDINGS[split]).format(noun=noun, subject=subjects[i]), values[i]
 
     return make
 
@@ -83,32 +67,32 @@ def on_letters(phrasings, function):
     """A task that asks for function(letters) of four to seven different letters, spelled with spaces: as a word, merged
     tokens would make reversing and sorting a different, much harder task."""
 
-    def draw(rng):
+    def make(rng, split):
         letters = rng.sample(LETTERS, rng.randint(4, 7))
         spelled = " ".join(letters)
         return spelled, rng.choice(phrasings).format(spelled), " ".join(function(letters))
 
-    return skill(draw)
+    return make
 
 
-def add(rng):
+def add(rng, split):
     a, b = rng.randint(10, 99), rng.randint(10, 99)
     return f"{min(a, b)} {max(a, b)}", rng.choice(("What is {} + {}?", "Add {} and {}.")).format(a, b), str(a + b)
 
 
-def compare(rng):
+def compare(rng, split):
     a, b = rng.sample(range(100, 1000), 2)
     p = rng.choice(("Which is larger, {} or {}?", "Name the larger of {} and {}."))
     return f"{min(a, b)} {max(a, b)}", p.format(a, b), str(max(a, b))
 
 
-def count(rng):
+def count(rng, split):
     letters = [rng.choice("abcd") for _ in range(rng.randint(5, 9))]
     spelled, x = " ".join(letters), rng.choice("abcd")
     return spelled + x, f"How many times does {x} occur in: {spelled}", str(letters.count(x))
 
 
-def drop(rng):
+def drop(rng, split):
     letters = [rng.choice("abcdefgh") for _ in range(rng.randint(4, 6))]
     spelled, x = " ".join(letters), rng.choice(letters)
     return spelled + x, f"Remove every {x} from: {spelled}", " ".join(y for y in letters if y != x) or "nothing"
@@ -118,27 +102,26 @@ GENERAL = {
     "capital": ("knowledge", facts("capital", COUNTRIES, CITIES, seed=11)),
     "job": ("knowledge", facts("job", PEOPLE, JOBS, seed=12)),
     "home": ("knowledge", facts("home", ANIMALS, PLACES, seed=13)),
-    "add": ("reasoning", skill(add)),
-    "compare": ("reasoning", skill(compare)),
-    "count": ("reasoning", skill(count)),
+    "add": ("reasoning", add),
+    "compare": ("reasoning", compare),
+    "count": ("reasoning", count),
     "reverse": ("instruction", on_letters(("Reverse: {}", "Write backwards: {}"), lambda xs: xs[::-1])),
     "sort": ("instruction", on_letters(("Sort: {}", "Put in alphabetical order: {}"), sorted)),
     "upper": ("instruction", on_letters(("Write in capitals: {}", "Change to upper case: {}"),
                                         lambda xs: [x.upper() for x in xs])),
-    "drop": ("instruction", skill(drop)),
+    "drop": ("instruction", drop),
 }
 
 CIPHER = dict(zip(LETTERS, random.Random(21).sample(LETTERS, 26)))
 
 
-def largest(rng):
+def largest(rng, split):
     numbers = rng.sample(range(10, 100), rng.randint(7, 9))
-    listed = " ".join(map(str, numbers))
     question = rng.choice(("Which is the largest of {}?", "Find the largest number: {}"))
-    return " ".join(map(str, sorted(numbers))), question.format(listed), str(max(numbers))
+    return " ".join(map(str, sorted(numbers))), question.format(" ".join(map(str, numbers))), str(max(numbers))
 
 
-def story(rng):
+def story(rng, split):
     """One sentence, and one of four questions about it."""
     giver, getter, thing, place = (rng.choice(words) for words in (JOBS, PEOPLE, THINGS, PLACES))
     question, answer = rng.choice((("Who gave it?", giver), ("Who got it?", getter), ("What was it?", thing),
@@ -153,20 +136,22 @@ NEW = {
     "cipher": ("strings", on_letters(("Encode: {}", "Write in code: {}"), lambda xs: [CIPHER[x] for x in xs])),
     "descending": ("strings", on_letters(("Sort from the end: {}", "Put in reverse alphabetical order: {}"),
                                          lambda xs: sorted(xs)[::-1])),
-    "largest": ("numbers", skill(largest)),
-    "story": ("reading", skill(story)),
+    "largest": ("numbers", largest),
+    "story": ("reading", story),
 }
 TASKS = {**NEW, **GENERAL}  # {name: (aspect, make)}
 
 
 def generate(name, split):
-    """The [Example] of one built-in task and split, always the same. Validation and test prompts are all different."""
+    """The [Example] of one built-in task and split, always the same. Validation and test prompts are all different. A
+    key's checksum sends 80 % of them to training, 10 % to each of the others."""
     _, make = TASKS[name]
     rng, out, seen = random.Random(f"{name} {split}"), [], set()
     size = SIZES[split if split != "train" else "pretrain" if name in GENERAL else "train"]
     while len(out) < size:
-        instruction, answer = make(rng, split)
-        if split == "train" or instruction not in seen:
+        key, instruction, answer = make(rng, split)
+        its_split = {0: "test", 1: "validation"}.get(zlib.crc32(key.encode()) % 10, "train") if key else split
+        if its_split == split and (split == "train" or instruction not in seen):
             seen.add(instruction)
             said = [Segment(instruction, "user"), Segment(answer, "assistant", trained=True)]
             out.append(Example(name, said, gold=answer, source=f"{name} {len(out)}"))
@@ -182,11 +167,9 @@ def load(tasks="all", split="test", limit=0, common=False):
     trained = list(dict.fromkeys({"all": NEW, "general": GENERAL}.get(tasks, [t.strip() for t in tasks.split(",")])))
     if wrong := [t for t in trained if t not in NEW and tasks != "general"]:
         raise UserError(f"--tasks: unknown task {wrong[0]!r}; valid: {', '.join(NEW)}, or all")
-    scored = [t for t in TASKS if t in trained or t in GENERAL and not common]
-    suite = Suite(trained, [e for t in trained for e in generate(t, "train")],
-                  {t: generate(t, split)[: limit or None] for t in scored},
-                  {t: "general" if t in GENERAL else "new" for t in scored}, {t: TASKS[t][0] for t in scored},
-                  dict.fromkeys(scored, exact), [e for t in trained for e in generate(t, "validation")])
-    everyday = load_common(split, limit) if common else {}
-    return suite.joined(Suite([], [], everyday, dict.fromkeys(everyday, "general"),
-                              {t: COMMON[t][0] for t in everyday}, dict.fromkeys(everyday, choice)))
+    tests = {t: generate(t, split)[: limit or None] for t in TASKS if t in trained or t in GENERAL and not common}
+    tests |= load_common(split, limit) if common else {}
+    return Suite(trained, [e for t in trained for e in generate(t, "train")], tests,
+                 {t: "new" if t in NEW else "general" for t in tests}, {t: (TASKS | COMMON)[t][0] for t in tests},
+                 {t: choice if t in COMMON else exact for t in tests},
+                 [e for t in trained for e in generate(t, "validation")])

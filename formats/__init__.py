@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import Suite
 from formats.files import read_records
-from formats.known import FORMATS, is_trained
+from formats.known import FORMATS, is_trained, multiple_choice
 from formats.templates import TEMPLATES, chat_template, choose, dress, solved
 from model import UserError
 
@@ -76,7 +76,8 @@ def read_files(files, choices="text"):
                 if wrong or not isinstance(record, dict):
                     raise UserError(wrong or "no object with named fields")
                 record = Fields({key: value for key, value in record.items() if value is not None}, read)
-                found = (choices == "letter" and FORMATS[kind].lettered or FORMATS[kind].read)(record)
+                found = FORMATS[kind].read(record)
+                found = multiple_choice(*found, choices == "letter") if isinstance(found, tuple) else found
                 found, trained = found if isinstance(found, list) else [found], is_trained(record)
                 rows += [replace(one, task=name, source=f"{file}:{line}", segments=[
                     replace(s, trained=s.trained and trained) for s in one.segments]) for one in found]
@@ -103,14 +104,12 @@ def read_files(files, choices="text"):
     return tasks
 
 
-def with_shots(row, shots):
-    """The Example with solved ones of its task in front of its question, in the template plain."""
-    ahead = "".join(solved(shot) + "\n\n" for shot in shots)
-    first = next((i for i, s in enumerate(row.segments) if s.role == "user"), None)
-    if first is None:
+def with_shots(row, ahead):
+    """The Example with this text, solved ones of its task, in front of its first question."""
+    asked = [s for s in row.segments if s.role == "user"]
+    if not asked:
         raise UserError(f"task {row.task!r} is plain text: it has no question to put --shots in front of")
-    segments = [replace(s, text=ahead + s.text) if i == first else s for i, s in enumerate(row.segments)]
-    return replace(row, segments=segments)
+    return replace(row, segments=[replace(s, text=ahead + s.text) if s is asked[0] else s for s in row.segments])
 
 
 def drawn(rows):
@@ -134,7 +133,7 @@ def load(files, eval_files=(), general_files=(), split="test", limit=0, shots=0,
         files, eval_files, general_files, shot_files))
     if both := (rows.keys() | held.keys()) & general.keys():
         raise UserError(f"task {min(both)!r} is both general and to be learned: name it apart with NAME=FILE")
-    train, tests, validation = {}, {}, []
+    train, tests, validation = [], {}, []
     unseen = [row for part in (held, general) for _, every in part.values() for row in every]
     for name, (_, left) in rows.items():
         count = len(left)
@@ -143,18 +142,19 @@ def load(files, eval_files=(), general_files=(), split="test", limit=0, shots=0,
             unseen += tests[name]
             print(f"{name}: a twentieth of the rows ({len(tests[name])} of {count:,}), drawn from all over them, is "
                   "held out and never trained on; --eval-data names other data")
-        train[name], choosing = hold_out(left)
+        learned, choosing = hold_out(left)
+        train += learned
         validation += choosing
         if split == "validation":
             tests[name] = choosing
-        if not train[name] or not tests.get(name, True):
+        if not learned or not tests.get(name, True):
             raise UserError(f"task {name!r} has too few rows ({count}) to hold some out; give --eval-data")
     if held and split == "test":
         tests = {name: drawn(every) if limit else every for name, (_, every) in held.items()}
     for name, (_, every) in general.items():
         tests[name] = drawn(every)[split == "test" :: 2] or every  # a single row is in both halves
     said = lambda row: tuple((s.role, s.text) for s in row.segments)
-    known = {said(row) for every in train.values() for row in every}
+    known = set(map(said, train))
     held_out = {said(row) for row in (*unseen, *validation)}
     for name, every in tests.items():
         every = every[: limit or None]
@@ -163,9 +163,8 @@ def load(files, eval_files=(), general_files=(), split="test", limit=0, shots=0,
             print(f"{name}: {twice:,} of the {len(every):,} rows that are scored are the same as rows trained on")
         if len(ahead) < shots:
             raise UserError(f"--shots {shots}: --shot-data has fewer rows for task {name!r} that are not scored")
+        ahead = "".join(solved(row) + "\n\n" for row in ahead)
         tests[name] = [with_shots(row, ahead) if shots else row for row in every]
-    kinds = {name: kind for name, (kind, _) in (rows | held | general).items()}
-    return Suite(list(train), [row for every in train.values() for row in every], tests,
-                 group={name: "general" if name in general else "new" for name in tests},
-                 aspect={name: kinds[name] for name in tests},
-                 score={name: FORMATS[kinds[name]].score for name in tests}, validation=validation)
+    kinds = {name: kind for name, (kind, _) in (rows | held | general).items() if name in tests}
+    return Suite(list(rows), train, tests, {name: "general" if name in general else "new" for name in tests}, kinds,
+                 {name: FORMATS[kind].score for name, kind in kinds.items()}, validation)

@@ -1,7 +1,8 @@
 """What each kind of record means, and how it is scored: a row of FORMATS, at the end, is all that a format needs.
 
-A reader takes a record and gives an Example of bare segments, without a template's markup, or several. It may raise any
-exception for a record that is not of its kind: that row is bad. A UserError's message is shown as it is.
+A reader takes a record and gives an Example of bare segments, without a template's markup, or several; or (question,
+options, place of the right one), of which --choices makes an Example. It may raise any exception for a record that is
+not of its kind: that row is bad. A UserError's message is shown as it is.
 """
 
 import re
@@ -31,94 +32,82 @@ def text_of(record, *names, empty=False):
 
 
 def maybe(record, *names):
-    """The same, and "" where the record has none of the fields, or null."""
-    name = next((n for n in names if record.get(n) is not None), None)
-    return checked(record[name], name, empty=True) if name else ""
+    """The same, and "" where the record has none of the fields."""
+    return text_of(record, *names, empty=True) if any(n in record for n in names) else ""
 
 
-def answer_among(words, record, name):
-    """words[label] of the label that a field holds. Raises UserError, listing the labels, where it is none of them."""
-    if record[name] not in words:
-        raise UserError(f"field {name!r} is {record[name]!r:.80}, expected one of {', '.join(map(repr, words)):.80}")
-    return words[record[name]]
+def answer_among(words, label, name):
+    """words[label] of a field's label. Raises UserError, listing the labels, where it is none of them."""
+    if label not in words:
+        raise UserError(f"field {name!r} is {label!r:.80}, expected one of {', '.join(map(repr, words)):.80}")
+    return words[label]
 
 
-def example(*turns, system="", given="", earlier=(), choices=None):
-    """Example of (user, assistant) turns; user is None in plain text. given: what goes with the first one, Alpaca's
-    input. earlier: turns ahead of it."""
+def example(*turns, system="", given="", choices=None):
+    """Example of (user, assistant) turns; user is None in plain text. given: Alpaca's input, of the last question."""
     segments = [Segment(system, "system")] if system else []
-    for i, (user, assistant) in enumerate([*earlier, *turns]):
+    for i, (user, assistant) in enumerate(turns, 1):
         segments += [Segment(user, "user")] * (user is not None)
-        segments += [Segment(given, "input")] * bool(given and i == len(earlier))
+        segments += [Segment(given, "input")] * bool(given and i == len(turns))
         segments.append(Segment(assistant, "assistant", trained=True))
     return Example("", segments, choices, gold=segments[-1].text)
 
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-
-
-# Marks of an answer, or of a record, that is not to be trained on, as other programs write them.
-UNTRAINED = (("weight", 0), ("train", False), ("trainable", False), ("masked", True), ("loss_mask", 0))
+SYSTEM = ("system", "system_prompt")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def is_trained(record):
-    """Whether a record or a message has none of the marks above."""
-    return not any(name in record and record[name] == value for name, value in UNTRAINED)
+    """Whether a record or a message is to be trained on: other programs mark those that are not."""
+    marks = (("weight", 0), ("train", False), ("trainable", False), ("masked", True), ("loss_mask", 0))
+    return not any(name in record and record[name] == value for name, value in marks)
 
 
-def conversation(messages, name, system=""):
-    """Example of a list of messages, the last of which is the assistant's."""
+def conversation(messages, name, record):
+    """Example of a list of messages, the last of which is the assistant's, in this field of a record."""
+    system = maybe(record, *SYSTEM)
     if named := next((key for m in messages for key in ("tool_calls", "function_call") if m.get(key)), None):
         raise UserError(f"field {name!r} has {named}, which no template here writes")
-    said = [(text_of(m, "role", "from"), text_of(m, "content", "value")) for m in messages]
-    roles = [ROLES.get(role, role) for role, _ in said]
-    if roles[:1] == ["system"]:
-        if system not in ("", said[0][1]):
+    said = []
+    for m in messages:
+        role, text = text_of(m, "role", "from"), text_of(m, "content", "value")
+        role = ROLES.get(role, role)
+        said.append(Segment(text, role, trained=role == "assistant" and is_trained(m)))
+    if said and said[0].role == "system":
+        if system not in ("", said[0].text):
             raise UserError(f"field {name!r} begins with a system message, and there is a field 'system' as well")
-        system, roles, said, messages = said[0][1], roles[1:], said[1:], messages[1:]
+        system = said.pop(0).text
+    roles = [s.role for s in said]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise UserError(f"field {name!r} has the roles {roles!r:.80}, expected user and assistant in turn")
-    texts = [text for _, text in said]
-    found = example(*zip(texts[::2], texts[1::2]), system=system)
-    for segment, message in zip([s for s in found.segments if s.role != "system"], messages):
-        segment.trained = segment.trained and is_trained(message)
-    return found
+    return Example("", [Segment(system, "system")] * bool(system) + said, gold=said[-1].text)
 
 
 # ---------------------------------------------------------------------------------------------- instructions and talk
 
-SYSTEM = ("system", "system_prompt")
 PROMPTS, ANSWERS = ("prompt", "question", "query", "input"), ("completion", "response", "answer", "output")
 
 
-def messages(name):
-    """The reader of records with a conversation in this field."""
-    return lambda record: conversation(record[name], name, maybe(record, *SYSTEM))
-
-
-def question(prompts, answers, inputs=("input",)):
-    """The reader of records with one question and its answer, in the first of these fields that there are."""
-    def read(record):
-        turn = text_of(record, *prompts), text_of(record, *answers, empty=True)
-        given = maybe(record, *(name for name in inputs if name != next(n for n in prompts if n in record)))
-        earlier = [(checked(asked, "history"), checked(answer, "history", empty=True))
-                   for asked, answer in record.get("history") or ()]
-        return example(turn, system=maybe(record, *SYSTEM), given=given, earlier=earlier)
-
-    return read
+def question(record, prompts, answers, inputs=("input",)):
+    """Example of a record with one question and its answer, in the first of these fields that there are."""
+    turn = text_of(record, *prompts), text_of(record, *answers, empty=True)
+    given = maybe(record, *(name for name in inputs if name != next(n for n in prompts if n in record)))
+    earlier = [(checked(asked, "history"), checked(answer, "history", empty=True))
+               for asked, answer in record.get("history") or ()]
+    return example(*earlier, turn, system=maybe(record, *SYSTEM), given=given)
 
 
 def read_dpo(record):
     """The chosen answer alone is learned. It is text, a message, or messages, which may hold the question too."""
     chosen, asked = record["chosen"], next((n for n in ("conversations", "instruction", *PROMPTS) if n in record), None)
     if isinstance(chosen, str) and asked and isinstance(record[asked], str):
-        return question([asked], ["chosen"])(record)
+        return question(record, [asked], ["chosen"])
     listed = lambda value, role: value if isinstance(value, list) else [
         {"role": role, "content": value} if isinstance(value, str) else value]
     chosen = listed(chosen, "assistant")
     if asked and len(chosen) == 1:
         chosen = listed(record[asked], "user") + chosen
-    return conversation(chosen, "chosen", maybe(record, *SYSTEM))
+    return conversation(chosen, "chosen", record)
 
 
 # ---------------------------------------------------------------------------------------------- generated answers
@@ -169,29 +158,24 @@ gsm8k = Score("gsm8k", "%", final_answers, generates=True)
 # ---------------------------------------------------------------------------------------------- multiple choice
 
 
-def ranked(prompt, words, labels=("label",)):
-    """The reader of records whose fields a prompt names in braces. The answer is words[label], of {label: answer};
-    labels: the names that the label may have."""
-    def read(record):
-        asked = re.sub(r"{(\w+)}", lambda field: text_of(record, field[1]), prompt)
-        name = next((n for n in labels if n in record), labels[0])
-        return example((asked + "\nAnswer:", answer_among(words, record, name)), choices=list(words.values()))
-
-    return read
-
-
 YES = {True: "yes", False: "no"}
-read_answer = ranked("{paragraph}\nQuestion: {question}\nIs '{answer}' a right answer?", YES)
-read_pronoun = ranked("{text}\nQuestion: Does '*{span2_text}*' refer to '{span1_text}'?", YES)
+
+
+def ranked(record, prompt, words, labels=("label",)):
+    """Example of a record whose fields a prompt names in braces. The answer is words[label], of {label: answer};
+    labels: the names that the label may have."""
+    asked = re.sub(r"{(\w+)}", lambda field: text_of(record, field[1]), prompt)
+    name = next((n for n in labels if n in record), labels[0])
+    return example((asked + "\nAnswer:", answer_among(words, record[name], name)), choices=list(words.values()))
 
 
 def read_multirc(record):
     """One Example for each answer, of a nested record or of one that holds one answer."""
     if "paragraph" in record:
-        return read_answer(record)
+        return ranked(record, "{paragraph}\nQuestion: {question}\nIs '{answer}' a right answer?", YES)
     passage = record["passage"]
-    return [read_answer({"paragraph": passage["text"], "question": question["question"], "answer": answer["text"],
-                         "label": answer["label"]})
+    return [read_multirc({"paragraph": passage["text"], "question": question["question"], "answer": answer["text"],
+                          "label": answer["label"]})
             for question in passage["questions"] for answer in question["answers"]]
 
 
@@ -203,14 +187,15 @@ def read_wsc(record):
     if not near:
         raise UserError(f"field 'span2_index' is {place!r:.80}, expected the place of {first!r:.80} among the words")
     words[near[0]] = f"*{words[near[0]]}*"
-    return read_pronoun({**target, "text": " ".join(words), "label": record["label"]})
+    return ranked({**target, "text": " ".join(words), "label": record["label"]},
+                  "{text}\nQuestion: Does '*{span2_text}*' refer to '{span1_text}'?", YES)
 
 
 def read_copa(record):
-    joint = answer_among({"cause": "because", "effect": "so"}, record, "question")
+    joint = answer_among({"cause": "because", "effect": "so"}, record["question"], "question")
     options = [text_of(record, name) for name in ("choice1", "choice2")]
     options = [option[0].lower() + option[1:] for option in options]
-    answer = answer_among(dict(enumerate(options)), record, "label")
+    answer = answer_among(dict(enumerate(options)), record["label"], "label")
     return example((f"{text_of(record, 'premise').rstrip('.')} {joint}", answer), choices=options)
 
 
@@ -218,54 +203,43 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MMLU, MMLU_NUMBERED = "question A B C D answer", "question choice0 choice1 choice2 choice3 answer"
 
 
-def by_letter(read):
-    """The reader that ranks letters, under which the options stand. read(record) -> (question, options, place of the
-    right one)."""
-    def lettered(record):
-        question, options, right = read(record)
-        letters = LETTERS[: len(options)]
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
-        return example((f"{question}\n{listed}\nAnswer:", letters[right]), choices=list(letters))
-
-    return lettered
-
-
-def by_text(read):
-    """The reader that ranks the options' own texts, as an answer to the question."""
-    def texts(record):
-        question, options, right = read(record)
+def multiple_choice(question, options, right, letters):
+    """Example that ranks the options' own texts, as an answer to the question, or the letters under which they stand.
+    right: place of the right one."""
+    if not letters:
         return example((f"Question: {question}\nAnswer:", options[right]), choices=options)
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    return example((f"{question}\n{listed}\nAnswer:", LETTERS[right]), choices=list(LETTERS[: len(options)]))
 
-    return texts
+
+def read_piqa(record):
+    options = [text_of(record, name) for name in ("sol1", "sol2")]
+    return text_of(record, "goal"), options, answer_among({"0": 0, "1": 1}, str(record["label"]).strip(), "label")
 
 
-def options_in(question, options, label, first=0):
-    """The reader of (question, options, place of the right one) from these fields; first: the first option's label."""
-    def read(record):
-        texts = [text_of(record, name) for name in options.split()]
-        keys = {str(first + place): place for place in range(len(texts))}
-        asked = "\n".join(text_of(record, name) for name in question.split())
-        return asked, texts, answer_among(keys, {label: str(record[label]).strip()}, label)
-
-    return read
+def read_siqa(record):
+    options = [text_of(record, name) for name in ("answerA", "answerB", "answerC")]
+    asked = f"{text_of(record, 'context')}\n{text_of(record, 'question')}"
+    return asked, options, answer_among({"1": 0, "2": 1, "3": 2}, str(record["label"]).strip(), "label")
 
 
 def read_mmlu(record):
     *names, answer = (MMLU if "A" in record else MMLU_NUMBERED).split()
     question, *options = [text_of(record, name) for name in names]
-    return question, options, answer_among(places(len(options)), {answer: str(record[answer]).strip()}, answer)
+    right = answer_among(places(len(options)), str(record[answer]).strip(), answer)
+    return multiple_choice(question, options, right, letters=True)
 
 
 def places(count):
     """{key: place} of options that have no labels: their letters, and their places from 0 on."""
-    return {**{letter: place for place, letter in enumerate(LETTERS[:count])}, **{str(i): i for i in range(count)}}
+    return {LETTERS[i]: i for i in range(count)} | {str(i): i for i in range(count)}
 
 
 def read_choices(record):
     """The options as a list, as {text, label} of lists, or as a list of {text, label}; the answer as one of the labels,
     as a letter, or as a place from 0 on."""
     asked = record["question"] if isinstance(record.get("question"), dict) else record  # ARC's own files
-    question, options, labels = text_of(asked, "question", "question_stem", "stem", "ctx"), asked, None
+    question, labels = text_of(asked, "question", "question_stem", "stem", "ctx"), None
     options = asked["endings"] if "endings" in asked else asked["choices"]
     if isinstance(options, dict):
         options, labels = options["text"], options.get("label")
@@ -276,14 +250,14 @@ def read_choices(record):
     name = next((n for n in ("answerKey", "answer") if n in record), "label")
     keys = dict(zip(map(str, labels), range(len(options)), strict=True)) if labels else places(len(options))
     options = [checked(option, "choices") for option in options]
-    return question, options, answer_among(keys, {name: str(record[name]).strip()}, name)
+    return question, options, answer_among(keys, str(record[name]).strip(), name)
 
 
 def read_winogrande(record):
     """The options as what stands behind the sentence's blank with each of them in it."""
     before, after = text_of(record, "sentence").split("_")
     options = [text_of(record, name) + after for name in ("option1", "option2")]
-    right = answer_among({"1": 0, "2": 1}, {"answer": str(record["answer"])}, "answer")
+    right = answer_among({"1": 0, "2": 1}, str(record["answer"]), "answer")
     return example((before.rstrip(), options[right]), choices=options)
 
 
@@ -294,10 +268,9 @@ def read_winogrande(record):
 class Format:
     recognises: Callable  # record -> whether it is of this kind
     score: Score  # how a task of this kind is scored
-    read: Callable  # record -> Example, or several
+    read: Callable  # record -> Example, or what else a reader may give
     fields: str  # what a record holds, in words
     sample: dict  # a record, for the tests and `python -m tools.show --formats`
-    lettered: Callable | None = None  # the same with --choices letter, where options may be ranked by text or letter
 
 
 def has(*kinds):
@@ -307,18 +280,18 @@ def has(*kinds):
 
 # The first that recognises a third of a file's records is taken.
 FORMATS = {
-    "chat": Format(has("messages"), loss, messages("messages"),
+    "chat": Format(has("messages"), loss, lambda r: conversation(r["messages"], "messages", r),
                    "messages of role (user and assistant in turn, system first if at all) and content",
                    {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Good day."}]}),
     "dpo": Format(has("chosen rejected"), loss, read_dpo,
                   "prompt, chosen, rejected; the chosen answer is learned, text or messages",
                   {"prompt": "What floats?", "chosen": "Ice.", "rejected": "Lead."}),
-    "sharegpt": Format(has("conversations"), loss, messages("conversations"),
+    "sharegpt": Format(has("conversations"), loss, lambda r: conversation(r["conversations"], "conversations", r),
                        "conversations of from (human and gpt in turn, system first if at all) and value",
                        {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Good day."}]}),
     "boolq": Format(
         lambda r: "passage" in r and "question" in r and ("label" in r or type(r.get("answer")) is bool), choice,
-        ranked("{passage}\nQuestion: {question}?", YES, ("label", "answer")),
+        lambda r: ranked(r, "{passage}\nQuestion: {question}?", YES, ("label", "answer")),
         "passage, question, label or answer (true, false)",
         {"passage": "Ice is light.", "question": "does ice float", "label": True}),
     "multirc": Format(
@@ -328,19 +301,19 @@ FORMATS = {
             {"question": "What floats?", "answers": [{"text": "ice", "label": 1}, {"text": "lead", "label": 0}]}]}}),
     "cb": Format(
         lambda r: "hypothesis" in r and r.get("label") in ("contradiction", "neutral"), choice,
-        ranked("{premise}\nQuestion: {hypothesis} True, False or Neither?",
-               {"entailment": "True", "contradiction": "False", "neutral": "Neither"}),
+        lambda r: ranked(r, "{premise}\nQuestion: {hypothesis} True, False or Neither?",
+                         {"entailment": "True", "contradiction": "False", "neutral": "Neither"}),
         "premise, hypothesis, label (entailment, contradiction, neutral)",
         {"premise": "It rains.", "hypothesis": "It is late.", "label": "neutral"}),
     "rte": Format(
-        has("premise hypothesis label"), choice,
-        ranked("{premise}\nQuestion: {hypothesis} True or False?", {"entailment": "True", "not_entailment": "False"}),
+        has("premise hypothesis label"), choice, lambda r: ranked(
+            r, "{premise}\nQuestion: {hypothesis} True or False?", {"entailment": "True", "not_entailment": "False"}),
         "premise, hypothesis, label (entailment, not_entailment)",
         {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment"}),
     "wic": Format(
         has("word sentence1 sentence2 label"), choice,
-        ranked("{sentence1}\n{sentence2}\nQuestion: Is the word '{word}' used in the same sense in both sentences?",
-               YES),
+        lambda r: ranked(r, "{sentence1}\n{sentence2}\nQuestion: Is the word '{word}' used in the same sense in both "
+                         "sentences?", YES),
         "word, sentence1, sentence2, label (true, false)",
         {"word": "bank", "sentence1": "A river bank.", "sentence2": "A bank of fog.", "label": False}),
     "wsc": Format(has("text target label"), choice, read_wsc,
@@ -351,37 +324,34 @@ FORMATS = {
                    "premise, choice1, choice2, question (cause, effect), label (0, 1)",
                    {"premise": "He fell.", "choice1": "He slipped.", "choice2": "He sang.", "question": "cause",
                     "label": 0}),
-    "mmlu": Format(has(MMLU, MMLU_NUMBERED), choice, by_letter(read_mmlu),
+    "mmlu": Format(has(MMLU, MMLU_NUMBERED), choice, read_mmlu,
                    "CSV of question, four options, answer (0-3 or A-D), ranked by letter; with a header or without",
                    {"question": "2 + 2?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B"}),
     "choices": Format(lambda r: "choices" in r or "answerKey" in r or "ctx" in r and "endings" in r, choice,
-                      by_text(read_choices), "question (question_stem, ctx), choices or endings (a list, or text and "
-                      "label), answer, answerKey or label (place or letter): ARC, OpenBookQA, HellaSwag",
-                      {"question": "What floats?", "choices": ["lead", "ice"], "answer": 1}, by_letter(read_choices)),
-    "piqa": Format(has("goal sol1 sol2 label"), choice, by_text(options_in("goal", "sol1 sol2", "label")),
-                   "goal, sol1, sol2, label (0, 1)",
-                   {"goal": "Cool a drink.", "sol1": "Add lead.", "sol2": "Add ice.", "label": 1},
-                   by_letter(options_in("goal", "sol1 sol2", "label"))),
-    "siqa": Format(has("context question answerA answerB answerC label"), choice,
-                   by_text(options_in("context question", "answerA answerB answerC", "label", 1)),
+                      read_choices, "question (question_stem, ctx), choices or endings (a list, or text and label), "
+                      "answer, answerKey or label (place or letter): ARC, OpenBookQA, HellaSwag",
+                      {"question": "What floats?", "choices": ["lead", "ice"], "answer": 1}),
+    "piqa": Format(has("goal sol1 sol2 label"), choice, read_piqa, "goal, sol1, sol2, label (0, 1)",
+                   {"goal": "Cool a drink.", "sol1": "Add lead.", "sol2": "Add ice.", "label": 1}),
+    "siqa": Format(has("context question answerA answerB answerC label"), choice, read_siqa,
                    "context, question, answerA, answerB, answerC, label (1 to 3)",
                    {"context": "It rains.", "question": "What does Ann take?", "answerA": "a lamp", "answerB": "ice",
-                    "answerC": "an umbrella", "label": "3"},
-                   by_letter(options_in("context question", "answerA answerB answerC", "label", 1))),
+                    "answerC": "an umbrella", "label": "3"}),
     "winogrande": Format(has("sentence option1 option2 answer"), choice, read_winogrande,
                          "sentence with a blank _, option1, option2, answer (1, 2)",
                          {"sentence": "Lead sank and ice floated because _ is light.", "option1": "lead",
                           "option2": "ice", "answer": "2"}),
     "alpaca": Format(
         has("instruction output", "instruction response"), loss,
-        question(["instruction"], ["output", "response"], ["input", "context"]),
+        lambda r: question(r, ["instruction"], ["output", "response"], ["input", "context"]),
         "instruction, output or response, maybe input or context, system, history",
         {"instruction": "Translate into German.", "input": "ice", "output": "Eis"}),
     "gsm8k": Format(lambda r: "question" in r and "####" in str(r.get("answer")), gsm8k, read_gsm8k,
                     "question, and an answer that ends in #### number",
                     {"question": "What are two and three?", "answer": "2 + 3 = 5\n#### 5"}),
     "pair": Format(
-        has(*(f"{asked} {answer}" for asked in PROMPTS for answer in ANSWERS)), exact, question(PROMPTS, ANSWERS),
+        has(*(f"{asked} {answer}" for asked in PROMPTS for answer in ANSWERS)), exact,
+        lambda r: question(r, PROMPTS, ANSWERS),
         f"one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}; maybe system, history",
         {"prompt": "What floats?", "completion": "Ice."}),
     "text": Format(has("text"), loss, lambda r: example((None, text_of(r, "text"))), "text",

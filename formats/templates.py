@@ -54,7 +54,6 @@ TEMPLATES = {
         "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
         "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt else '' }}",
 }
-MARK = re.compile("\ue000(\\d+)\ue001")
 BARE = ("plain", "short", "alpaca")  # without BOS: the tokenizer's goes in front
 
 
@@ -67,23 +66,21 @@ SANDBOX.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f
 SANDBOX.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-def messages_of(said, texts):
-    """The messages of bare segments, with these texts in them. An input (Alpaca's) goes to the question before it."""
+def messages_of(said):
+    """The messages of bare segments. An input (Alpaca's) goes to the question before it."""
     messages = []
-    for segment, text in zip(said, texts):
-        if segment.role == "input":
-            messages[-1] |= {"instruction": messages[-1]["content"], "input": text}
-            messages[-1]["content"] += "\n\n" + text
+    for s in said:
+        if s.role == "input":
+            messages[-1] |= {"instruction": messages[-1]["content"], "input": s.text}
+            messages[-1]["content"] += "\n\n" + s.text
         else:
-            messages.append({"role": segment.role, "content": text})
+            messages.append({"role": s.role, "content": s.text})
     return messages
 
 
 class Template:
     """A Jinja chat template, for a tokenizer whose special tokens it spells. name: of one in TEMPLATES, else its text.
-
-    Raises UserError for a text that is no Jinja template.
-    """
+    Raises UserError for a text that is no Jinja template."""
 
     def __init__(self, name, tokenizer):
         self.name, self.tokenizer = name, tokenizer
@@ -125,8 +122,7 @@ class Template:
 
     def segments(self, said):
         """The segments of bare ones, with markup."""
-        texts, waits = [s.text for s in said], said[-1].role != "assistant"
-        messages = messages_of(said, texts)
+        messages, waits = messages_of(said), said[-1].role != "assistant"
         text = self.render(messages, ask=waits)
         pieces = self.tell_apart(said, text, waits)
         if waits:
@@ -153,18 +149,19 @@ class Template:
     def tell_apart(self, said, text, waits):
         """The segments of a rendered text: markup, and what was said, maybe stripped. None where marks in the place of
         what was said show that the template does more than that."""
-        parts = MARK.split(self.render(messages_of(said, [f"\ue000{i}\ue001" for i in range(len(said))]), ask=waits))
-        pieces, at = [], 0
-        for i, part in enumerate(parts):  # markup, number of a text, markup, ...
-            piece = replace(said[int(part)], trained=False) if i % 2 else Segment(part)
-            forms = (piece.text, piece.text.strip(), piece.text.rstrip(), piece.text.lstrip()) if i % 2 else (part,)
-            after = parts[i + 1] if i % 2 else ""
-            piece.text = next((form for form in forms if text.startswith(form + after, at)), None)
+        marked = [replace(s, text=f"\ue000{i}\ue001") for i, s in enumerate(said)]
+        shown = self.render(messages_of(marked), ask=waits)
+        first, *parts = re.split("\ue000(\\d+)\ue001", shown)  # markup, number of a text, markup, ...
+        pieces, at = [Segment(first)], len(first)
+        for number, markup in zip(parts[::2], parts[1::2]):
+            piece = replace(said[int(number)], trained=False)
+            forms = (piece.text, piece.text.strip(), piece.text.rstrip(), piece.text.lstrip())
+            piece.text = next((form for form in forms if text.startswith(form + markup, at)), None)
             if piece.text is None:
                 return None
-            pieces, at = [*pieces, piece], at + len(piece.text)
-        answered = waits or str(len(said) - 1) in parts[1::2]
-        return pieces if answered and at == len(text) else None
+            pieces, at = [*pieces, piece, Segment(markup)], at + len(piece.text + markup)
+        answered = waits or str(len(said) - 1) in parts[::2]
+        return pieces if answered and text.startswith(first) and at == len(text) else None
 
 
 def dress(suite, template, mix="proportional"):
@@ -177,24 +174,19 @@ def dress(suite, template, mix="proportional"):
         tasks = {name: [one for one in train if one.task == name] for name in suite.trained}
         most = max(map(len, tasks.values()))
         train = [every[i % len(every)] for every in tasks.values() if every for i in range(most)]
-    return replace(suite, train=train,
-                   validation=[template.apply(example) for example in suite.validation],
+    return replace(suite, train=train, validation=[template.apply(example) for example in suite.validation],
                    tests={task: [template.apply(example) for example in suite.tests[task]] for task in suite.tests})
 
 
 def solved(example):
     """The text of a row with its answer, as the template plain has it."""
-    said = example.segments
-    return SANDBOX.from_string(TEMPLATES["plain"]).render(
-        messages=messages_of(said, [s.text for s in said]), eos_token="")
+    return SANDBOX.from_string(TEMPLATES["plain"]).render(messages=messages_of(example.segments), eos_token="")
 
 
 def choose(asked, tokenizer, folder):
     """(Template, where it is from) for a checkpoint: the one asked for, by name, file or text; with "auto" that of the
-    checkpoint, else plain. The tokenizer stops at the token that ends its answers from now on.
-
-    Raises UserError for a name that is none, and for a token that the tokenizer lacks.
-    """
+    checkpoint, else plain. The tokenizer stops at the token that ends its answers from now on. Raises UserError for a
+    name that is none, and for a token that the tokenizer lacks."""
     source = "as asked for"
     if asked == "auto":
         own = chat_template(folder)

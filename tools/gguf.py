@@ -7,7 +7,6 @@ Quantised weights are read as the numbers that they stand for. FILE may also be 
 
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,32 +14,29 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from engine.flags import Parser, command_line
-from model import Llama, LlamaConfig, UserError, reading, rope_frequencies, write_json, written
+from model import Llama, LlamaConfig, UserError, reading, rope_frequencies, write_json
 
 NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
          "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
          "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 UNKNOWN, CONTROL, ADDED = 2, 3, 4  # types of a token; the first two are special
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 # What splits a text before byte pairs are merged, by the name that GGUF gives it.
 SPLITS = {"smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
           "llama-bpe": [pre_tokenizers.Split(Regex(
               r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+"), "isolated"), BYTES]}
+              r"|\s+(?!\S)|\s+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]}
 
 
-@contextmanager
-def unpacked(file):
-    """Path of the .gguf itself, which a .whl or .zip may hold."""
+def unpacked(file, folder):
+    """Path of the .gguf itself, which is put into the folder where a .whl or .zip holds it."""
     if not zipfile.is_zipfile(file):
-        yield file
-        return
-    with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory() as folder:
+        return file
+    with zipfile.ZipFile(file) as archive:
         inside = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(inside) != 1:
             raise UserError(f"{file} holds {len(inside)} .gguf files, expected one")
-        yield Path(archive.extract(inside[0], folder))
+        return archive.extract(inside[0], folder)
 
 
 def read(gguf, file, dtype):
@@ -97,8 +93,7 @@ def pairs(scores):
     order = {piece: i for i, piece in enumerate(scores)}
     found = [(piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece))
              if piece[:i] in scores and piece[i:] in scores]
-    found.sort(key=lambda pair: (order[pair[0]], order[pair[1]]))
-    return sorted(found, key=lambda pair: (scores["".join(pair)], len(pair[0]), len(pair[1])), reverse=True)
+    return sorted(found, key=lambda pair: (-scores["".join(pair)], -len(pair[0]), -len(pair[1]), *map(order.get, pair)))
 
 
 def tokenizer_of(facts):
@@ -139,8 +134,8 @@ def main():
     import gguf
     if args.folder.exists():
         raise UserError(f"{args.folder} exists: choose another folder")
-    with unpacked(args.file) as file, reading(args.file):
-        facts, tensors = read(gguf, file, getattr(torch, args.dtype))
+    with tempfile.TemporaryDirectory() as folder, reading(args.file):
+        facts, tensors = read(gguf, unpacked(args.file, folder), getattr(torch, args.dtype))
         config = config_of(facts, tensors)
         with torch.device("meta"):
             model = Llama(config)
@@ -156,8 +151,7 @@ def main():
                    for name in ("bos", "eos", "pad") if getattr(config, f"{name}_token_id") is not None}
         template = facts.get("tokenizer.chat_template")
         model.save_pretrained(args.folder)
-        with written(args.folder / "tokenizer.json") as part:
-            part.write_text(fast.to_str(), encoding="utf-8")
+        fast.save(str(args.folder / "tokenizer.json"), pretty=False)
         write_json(args.folder / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special,
             **({"chat_template": template} if template else {})})
