@@ -178,7 +178,7 @@ def shape(value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*CLAIMS, "compare", "tune", "real"])
+@pytest.mark.parametrize("name", [*CLAIMS, "compare", "tune", "real", "real_alone"])
 def test_every_comparison_measures_what_the_committed_figures_hold(tmp_path, monkeypatch, name):
     """From very short runs in this process, at one seed and one rate, of two tasks."""
     def tiny(flags, folder, threads):
@@ -193,13 +193,15 @@ def test_every_comparison_measures_what_the_committed_figures_hold(tmp_path, mon
     for program, grid in ((cofitune, "FRONT"), (compare, "GRID")):
         rows = {row: (*rest, rates[:1]) for row, (*rest, rates) in getattr(program, grid).items()}
         monkeypatch.setattr(program, grid, rows)
-    monkeypatch.setattr(sys, "argv", ["", *["--tune"] * (name == "tune"), "--seeds", "1", "--out", str(tmp_path)])
+    switch = {"tune": ["--tune"], "real_alone": ["--alone"]}.get(name, [])
+    monkeypatch.setattr(sys, "argv", ["", *switch, "--seeds", "1", "--out", str(tmp_path)])
     if name in CLAIMS:
         runner.claim("", name, CLAIMS[name].measure, CLAIMS[name].judged, CLAIMS[name].tables)
     else:
-        (real if name == "real" else compare).main()
-    found, stored = (json.loads(file.read_text(encoding="utf-8"))[name] for file in (
-        tmp_path / "compare.json", runner.STORED))
+        (real if name.startswith("real") else compare).main()
+    stored = json.loads(runner.STORED.read_text(encoding="utf-8"))
+    stored["real_alone"] = {key: stored["csreft"][key] for key in ("interference", "claims")}
+    found, stored = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))[name], stored[name]
     if name == "real":
         assert found["claims"] == []
         found["claims"] = real.judged(found, [11])
