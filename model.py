@@ -101,7 +101,8 @@ class LlamaConfig:
                 need(0 < getattr(config, key) < math.inf, key, "a positive number")
             need(config.num_attention_heads % config.num_key_value_heads == 0, "num_key_value_heads",
                  f"a divisor of num_attention_heads = {config.num_attention_heads}")
-            need(config.head_dim % 2 == 0, "head_dim", "an even number, because RoPE turns pairs of channels")
+            need(config.head_dim % 2 == 0 and config.head_dim < 2**16, "head_dim",
+                 "an even number below 65,536, because RoPE turns pairs of channels")
             if not rope_frequencies(config).isfinite().all():  # a KeyError where a number of the scaling is missing
                 raise UserError(f"{file}: the RoPE settings {rope} give no finite frequencies")
         return config

@@ -188,7 +188,7 @@ def test_multilora_merge_adds_the_update_to_the_weight_and_rounds_once(dtype):
     assert torch.equal(model(ids), merged(ids)), "merge() takes the hooks away: the update was added twice"
 
 
-def test_multilora_report_is_of_singular_values_over_their_sum_and_their_spread():
+def test_multilora_report_is_of_singular_values_over_their_sum_and_their_spread(monkeypatch):
     q, _ = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64))
     delta = q @ torch.diag(torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64)) @ q.T
     same(multilora.singular_values(delta, 4), [0.5, 0.375, 0.125, 0.0], "singular values 4, 3, 1, 0 over their sum, 8")
@@ -200,8 +200,14 @@ def test_multilora_report_is_of_singular_values_over_their_sum_and_their_spread(
     model = tiny(torch.float64)
     adapter = multilora.attach(model, multilora.Config(2, 3, targets="q_proj,up_proj"))
     perturb(model, 0.3)
-    norm, found = torch.linalg.matrix_norm, adapter.report()
-    shares = [norm(delta, 2) / norm(delta, "nuc") for delta in adapter.deltas().values()]
+    norm, deltas = torch.linalg.matrix_norm, adapter.deltas()
+    shares = [norm(delta, 2) / norm(delta, "nuc") for delta in deltas.values()]
+    for linear, delta in zip(adapter.linears.values(), deltas.values()):
+        core, both = linear.multilora.core(), min(6, *delta.shape)
+        assert core.shape[0] <= 6 >= core.shape[1], f"core() is no larger than n r = 6, found {tuple(core.shape)}"
+        same(torch.linalg.svdvals(core)[:both], torch.linalg.svdvals(delta)[:both], "core()'s singular values are ΔW's")
+    monkeypatch.setattr(multilora.MultiLoRA, "delta", lambda self: pytest.fail("report() made ΔW: minutes at 7B"))
+    found = adapter.report()
     same(found["first_value_share"], sum(shares) / 4, "the first singular value's share, mean over the four weights")
     assert found["total_rank"] == 6 > found["effective_rank"] > 1, f"total_rank is n r = 6, found {found['total_rank']}"
 

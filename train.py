@@ -12,6 +12,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from itertools import islice
@@ -434,6 +435,8 @@ def device_and_dtype(config):
             auto = "bfloat16" if fast else "float32"  # older GPUs emulate bfloat16, slower than float32
             dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
             (torch.ones(1, device=device, dtype=dtype) + 1).item()
+            # torch's own thread begins the backward pass on a GPU so, and needs nobody's help.
+            warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
             return torch.device(device), dtype
         except (RuntimeError, AssertionError, TypeError, ImportError) as error:
             message = f"--device {device} cannot be used: {str(error).splitlines()[0]:.120}"

@@ -75,6 +75,8 @@ WRONG = {
         ('[t.strip() for t in config.targets.split(",") if t.strip()]', "LINEARS", "--targets ignored"),
         ("values / values.sum()", "values.square() / values.square().sum()", "singular values squared"),
         ("delta.cpu().double())[:count]", "delta.cpu().double())", "singular values: all instead of count"),
+        ("qr(down.T).R.T", "qr(down.T).R", "the core R R' instead of R R'^T"),
+        ("singular_values(m.multilora.core()", "singular_values(m.multilora.delta()", "the report makes ΔW"),
         (".clamp_min(torch.finfo(values.dtype).tiny)", "", "singular values of zero are NaN"),
         ("clamp_min(1e-300).log()", "clamp_min(1e-300).log2()", "entropy in bits under exp"),
         ("sum(shares) / len(shares)", "max(shares)", "the largest share instead of the mean"),
