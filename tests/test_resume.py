@@ -209,7 +209,7 @@ def test_the_old_run_lies_beside_until_the_new_one_is_finished(old, monkeypatch)
     assert after.keys() == before.keys() and after["adapter.safetensors"] != before["adapter.safetensors"]
 
 
-@pytest.mark.parametrize("flags", [("--targets", "q_prj"), ("--tasks", "juggling"), ("--rank", "1000000000")])
+@pytest.mark.parametrize("flags", [("--targets", "q_prj"), ("--tasks", "juggling"), ("--rank", "1000000000000")])
 def test_a_new_run_that_fails_at_its_start_changes_nothing(old, flags):
     before = content(old)
     one_line_error(*RUN, *flags, "--out", old, "--overwrite")
