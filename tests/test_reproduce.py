@@ -48,12 +48,14 @@ def test_the_sign_test_equals_counting_all_outcomes():
 
 
 def test_committed_verdicts_follow_from_the_committed_figures():
-    assert {"tune", "compare", "real", "rates", *CLAIMS} == STORED.keys()
+    assert {"tune", "compare", "real", "real_alone", "rates", *CLAIMS} == STORED.keys()
     assert sum(len(STORED[name]["claims"]) for name in CLAIMS) <= 12
     for name, program in {**CLAIMS, "real": real}.items():
         claims, seeds = STORED[name]["claims"], STORED[name]["claims"][0]["seeds"]
         assert program.judged(STORED[name], seeds) == claims
         assert len(seeds) >= 5 and set(seeds) <= set(runner.SEEDS) - {runner.CHOSEN_WITH}
+    alone = STORED["real_alone"]
+    assert csreft.interfering(alone["interference"], seeds) == alone["claims"]
 
 
 def test_committed_figures_agree_with_each_other():
@@ -61,9 +63,11 @@ def test_committed_figures_agree_with_each_other():
     for name, accuracy in (STORED["multilora"]["accuracy"] | STORED["csreft"]["accuracy"]).items():
         assert name not in seeds or accuracy == runner.column(seeds[name], "speciality")
     assert multilora.untrained(11) == pytest.approx(STORED["multilora"]["spectra"]["untrained"][0], rel=1e-5)
-    for name, row in STORED["csreft"]["interference"].items():
-        together = [[pair[1] for pair in tasks.values()] for tasks in row]
-        assert STORED["csreft"]["accuracy"][name] == pytest.approx(list(map(statistics.mean, together)))
+    real_accuracy = {name: runner.column(STORED["real"][name], "speciality") for name in csreft.RUNS}
+    for section, accuracy in (("csreft", STORED["csreft"]["accuracy"]), ("real_alone", real_accuracy)):
+        for name, row in STORED[section]["interference"].items():
+            together = [[pair[1] for pair in tasks.values()] for tasks in row]
+            assert accuracy[name] == pytest.approx(list(map(statistics.mean, together)))
     for row in itertools.chain(*STORED["csreft"]["gates"].values(), STORED["real"]["gates"]):
         assert row["spread"] == max(max(gate) - min(gate) for gate in zip(*row["gates"].values()))
 
@@ -87,8 +91,9 @@ def test_readmes_tables_are_what_the_programs_make():
     made = [compare.compared(STORED["compare"]), compare.tuned(STORED["tune"]),
             *(program.tables(STORED[name]) for name, program in CLAIMS.items())]
     real_md = (HERE / "reproduce" / "real.md").read_text(encoding="utf-8")
-    real_made = [*real.compared(STORED["real"]).split("\n\n"), real.tuned(STORED["rates"])]
-    assert len(real_made) == 3 and all(f"\n{table}\n" in real_md for table in real_made)
+    real_made = [*real.compared(STORED["real"]).split("\n\n"), real.tuned(STORED["rates"]),
+                 *csreft.tables(STORED["real_alone"]).split("\n\n")]
+    assert len(real_made) == 5 and all(f"\n{table}\n" in real_md for table in real_made)
     tables = [table for text in made for table in text.split("\n\n")]
     assert len(tables) == 10 and [table for table in tables if f"\n{table}\n" not in README] == []
     assert README.count("| claim | verdict |") == len(CLAIMS)
@@ -200,7 +205,6 @@ def test_every_comparison_measures_what_the_committed_figures_hold(tmp_path, mon
     else:
         (real if name.startswith("real") else compare).main()
     stored = json.loads(runner.STORED.read_text(encoding="utf-8"))
-    stored["real_alone"] = {key: stored["csreft"][key] for key in ("interference", "claims")}
     found, stored = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))[name], stored[name]
     if name == "real":
         assert found["claims"] == []
