@@ -23,8 +23,8 @@ PROTOCOL = "--tasks currency,tool --steps 150 --batch-size 8 --samples 0"
 ALONE = "--steps 75 --batch-size 8 --samples 0"  # for one of two tasks: half of its steps
 GRID_PROTOCOL = "--tasks currency,tool --steps 40 --batch-size 8 --samples 0 --eval-limit 1"
 TIMES = (0.5, 1, 2, 4)
-# What `--method cofitune --search-steps 60 --eval-limit 20` chooses on SmolLM2 with the rest of the protocol, seed 0.
-REGION = "--layers 0%-50% --modules gate_proj,up_proj,down_proj"
+# What `--method cofitune --search-steps 150 --eval-limit 20` chooses on SmolLM2 with the rest of the protocol, seed 0.
+REGION = "--layers 75%-100% --modules gate_proj,up_proj,down_proj"
 RUNS = {**{name: f"--method {name}" for name in METHODS}, "cofitune": f"--method cofitune {REGION}",
         "coarse": f"--method cofitune {REGION} --mask-on none"}
 
