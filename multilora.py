@@ -109,7 +109,7 @@ class MultiLoRA(nn.Module):
 
     def core(self):
         """A matrix of at most n r rows and columns with ΔW's singular values, float64: up = Q R and down^T = Q' R' give
-        ΔW = Q (R R'^T) Q'^T. Those of ΔW itself would take a minute for each weight of a 7B model."""
+        ΔW = Q (R R'^T) Q'^T. From ΔW itself they would take more than half an hour for a 7B model."""
         down, up = (m.detach().cpu().double() for m in self.factors())  # an Apple GPU has no float64
         return torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
 

@@ -206,7 +206,7 @@ def test_multilora_report_is_of_singular_values_over_their_sum_and_their_spread(
         core, both = linear.multilora.core(), min(6, *delta.shape)
         assert core.shape[0] <= 6 >= core.shape[1], f"core() is no larger than n r = 6, found {tuple(core.shape)}"
         same(torch.linalg.svdvals(core)[:both], torch.linalg.svdvals(delta)[:both], "core()'s singular values are ΔW's")
-    monkeypatch.setattr(multilora.MultiLoRA, "delta", lambda self: pytest.fail("report() made ΔW: minutes at 7B"))
+    monkeypatch.setattr(multilora.MultiLoRA, "delta", lambda self: pytest.fail("report() made ΔW, which is slow at 7B"))
     found = adapter.report()
     same(found["first_value_share"], sum(shares) / 4, "the first singular value's share, mean over the four weights")
     assert found["total_rank"] == 6 > found["effective_rank"] > 1, f"total_rank is n r = 6, found {found['total_rank']}"
